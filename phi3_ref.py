@@ -1,0 +1,1957 @@
+"""Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
+
+Every layer of the model is a function of a few lines on plain arrays; nothing is hidden in a
+framework. The file computes what KerasHub's `Phi3Backbone` computes, loads the real checkpoints in
+Keras's and in Hugging Face's format, and generates text with them. It does not train.
+
+Legend. Every shape comment uses these letters:
+
+    B  batch                     D  hidden_dim           C  head_dim
+    S  query positions           F  intermediate_dim     R  rotary_dim, the rotated part of C
+    T  key positions (S <= T)    V  vocabulary_size
+    H  query heads               K  key/value heads      G  H // K, query heads per key/value head
+
+References:
+
+    Phi-3           Abdin et al. 2024, https://arxiv.org/abs/2404.14219
+    RMSNorm         Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
+    RoPE            Su et al. 2021, https://arxiv.org/abs/2104.09864
+    su scaling      Ding et al. 2024 (LongRoPE), https://arxiv.org/abs/2402.13753
+    attention       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+    GQA             Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+    SwiGLU          Shazeer 2020, https://arxiv.org/abs/2002.05202
+    KerasHub        https://github.com/keras-team/keras-hub, keras_hub/src/models/phi3
+    transformers    https://github.com/huggingface/transformers, src/transformers/models/phi3
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import warnings
+
+import ml_dtypes
+import numpy as np
+
+# ---- Arrays and dtypes ---------------------------------------------------------------------------
+
+# Each policy: the dtype of the weights, the dtype of the computation. In 16 bits, sums (matrix
+# products, norms, softmax) still run in float32. "float64" computes everything in float64: the
+# oracle that every other result can be measured against.
+DTYPE_POLICIES = {
+    "float64": ("float64", "float64"),
+    "float32": ("float32", "float32"),
+    "float16": ("float16", "float16"),
+    "bfloat16": (ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+    "mixed_float16": ("float32", "float16"),
+    "mixed_bfloat16": ("float32", ml_dtypes.bfloat16),
+}
+
+
+def get_array_module(array):
+    """Return the module, `numpy` or `cupy`, whose functions compute on `array`."""
+    cupy = sys.modules.get("cupy")  # whoever holds a CuPy array has imported CuPy
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
+
+
+def to_numpy(array):
+    """Return `array` in the host's memory, as a NumPy array."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def load_backend(backend):
+    """Return the module that a backend's name, "numpy" or "cupy", stands for."""
+    if backend == "numpy":
+        return np
+    require(backend == "cupy", f'`backend` must be "numpy" or "cupy". Received: {backend!r}')
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise ImportError('backend="cupy" needs CuPy: pip install cupy-cuda13x') from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(f'backend="cupy" needs an NVIDIA GPU and its driver: {error}') from error
+    return cupy
+
+
+def wide(x):
+    """Return `x` in the dtype in which sums run: float64 if it has it, else float32."""
+    return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+
+
+def matmul(a, b):
+    """Return `a @ b`, summed in float32 and rounded once to the dtype of `a`.
+
+    NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one.
+    """
+    return (wide(a) @ wide(b)).astype(a.dtype, copy=False)
+
+
+def linear(x, weight):
+    """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out].
+
+    The rows of `weight` are outputs because one position (decoding) then streams the weight through
+    memory in order, and because Hugging Face's files hold it so.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    # A GPU's tensor cores do what `matmul` does, without the copies.
+    product = matmul(rows, weight.T) if get_array_module(x) is np else rows @ weight.T
+    return product.reshape(*x.shape[:-1], len(weight))
+
+
+def require(condition, message):
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def is_int(value):
+    """Say whether `value` is an integer; a bool is not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value):
+    """Say whether `value` is a finite number; a bool is not."""
+    return (is_int(value) or isinstance(value, (float, np.floating))) and math.isfinite(value)
+
+
+def dtype_policy_name(dtype):
+    """Return the name of a dtype policy given as a name, a dtype, or Keras's object or config."""
+    if isinstance(dtype, dict):
+        dtype = dtype.get("config", {}).get("name")
+    name = "float32" if dtype is None else getattr(dtype, "name", dtype)
+    if not isinstance(name, str):
+        with contextlib.suppress(TypeError):
+            name = np.dtype(name).name
+    require(name in DTYPE_POLICIES,
+            f"`dtype` must be one of {list(DTYPE_POLICIES)}. Received: {dtype!r}")
+    return name
+
+
+# ---- The layers, as pure functions ---------------------------------------------------------------
+
+
+def rms_norm(x, scale, epsilon):
+    """Divide each vector by its root mean square, then scale its components.
+
+    Args:
+        x: [..., D], a floating-point array.
+        scale: [D].
+        epsilon: float, added to the mean square.
+
+    Returns:
+        Like `x`. In 16 bits the result is rounded once, after the scale, as in Keras
+        (transformers rounds before it).
+
+    Source: https://arxiv.org/abs/1910.07467; KerasHub's `Phi3LayerNorm`.
+    """
+    wide_x = wide(x)
+    mean_square = (wide_x * wide_x).mean(axis=-1, keepdims=True)
+    return (wide_x / (mean_square + epsilon) ** 0.5 * wide(scale)).astype(x.dtype, copy=False)
+
+
+def rotary_tables(positions, rotary_dim, max_wavelength, factors=1.0, magnitude=1.0):
+    """Return the cosines and sines by which RoPE rotates pairs of a head's components.
+
+    Pair i turns by `position * max_wavelength^(-2i / R)` radians; su scaling divides the speed of
+    each pair by a factor of its own, so that longer contexts stay within the angles it has learned.
+
+    Args:
+        positions: [S], float32 (float64 for the oracle).
+        rotary_dim: int, R: how many components are rotated, two by two.
+        max_wavelength: float, the base of the wavelengths.
+        factors: [R / 2], su scaling's factors, or 1.
+        magnitude: float, su scaling's correction of the dot products' size.
+
+    Returns:
+        (cos, sin), each [S, 1, R / 2], in the dtype of `positions`; the 1 broadcasts over heads.
+
+    Source: https://arxiv.org/abs/2104.09864; KerasHub's `RotaryEmbedding` and
+    `Phi3SuScaledRotaryEmbedding`.
+    """
+    xp = get_array_module(positions)
+    exponents = xp.arange(0, rotary_dim, 2).astype(positions.dtype) / rotary_dim
+    frequencies = max_wavelength**-exponents / factors  # [R / 2], radians per position
+    angles = positions[:, None, None] * frequencies  # [S, 1, R / 2]
+    return xp.cos(angles) * magnitude, xp.sin(angles) * magnitude
+
+
+def su_magnitude(stretch, pretraining_sequence_length):
+    """Return su scaling's factor on cosines and sines for contexts `stretch` times longer.
+
+    Source: https://arxiv.org/abs/2402.13753; KerasHub's `Phi3SuScaledRotaryEmbedding`.
+    """
+    if stretch <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(stretch) / math.log(pretraining_sequence_length))
+
+
+def rotary_embedding(x, cos, sin):
+    """Rotate pairs of each head's components by its position's angles (RoPE).
+
+    Args:
+        x: [B, S, heads, C]. Component i pairs with component i + R / 2 (halves, not interleaved);
+            what lies beyond R stays as it is.
+        cos: [S, 1, R / 2], in the dtype of `x`.
+        sin: like `cos`.
+
+    Returns:
+        Like `x`.
+    """
+    half = cos.shape[-1]
+    x1, x2, unrotated = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rotated = [x1 * cos - x2 * sin, x2 * cos + x1 * sin, unrotated]
+    return get_array_module(x).concatenate(rotated, axis=-1)
+
+
+def softmax(scores, visible=True):
+    """Return the softmax of `scores` over the last axis; a row that sees nothing gives zeros.
+
+    Args:
+        scores: [..., T], float32 or float64.
+        visible: bool, broadcast to `scores`; what is not visible gets probability zero.
+
+    Returns:
+        Like `scores`. (KerasHub's fused path averages all values where nothing is visible.)
+    """
+    xp = get_array_module(scores)
+    scores = xp.where(visible, scores, -math.inf)
+    peak = scores.max(axis=-1, keepdims=True)
+    # exp(x - peak) cannot overflow. Where nothing is visible, peak is -inf and exp(-inf - 0) is 0.
+    exponentials = xp.exp(scores - xp.where(peak == -math.inf, 0, peak))
+    total = exponentials.sum(axis=-1, keepdims=True)
+    return exponentials / xp.where(total == 0, 1, total)
+
+
+def visible_keys(query_positions, key_positions, sliding_window=None):
+    """Say which keys each query may see: none that come later, none that left the window.
+
+    Args:
+        query_positions: [S], int.
+        key_positions: [T], int.
+        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+
+    Returns:
+        [S, T], bool.
+    """
+    distance = query_positions[:, None] - key_positions
+    return (distance >= 0) & (distance < (sliding_window or math.inf))
+
+
+def no_tap(name, array):
+    """Return `array`: the tap that is used where none is given."""
+    return array
+
+
+def prefixed(tap, prefix):
+    """Return `tap` for names that begin with `prefix` and a dot."""
+    return tap if tap is no_tap else lambda name, array: tap(f"{prefix}.{name}", array)
+
+
+def textbook_attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
+    """Causal grouped-query attention, step by step, with the whole score matrix in memory.
+
+    Args:
+        query: [B, S, H, C]; the queries are the last S of the T positions.
+        key: [B, T, K, C]; query head h reads key/value head h // G.
+        value: [B, T, K, C].
+        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
+        sliding_window: int or None; see `visible_keys`.
+        tap: called with "scores" and "probabilities", each [B, H, S, T].
+
+    Returns:
+        [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
+
+    Source: https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2305.13245; KerasHub's
+    `Phi3Attention`, whose roundings in 16 bits these are.
+    """
+    xp = get_array_module(query)
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    # The G query heads of a group share one key/value head: an axis of size 1 broadcasts over them.
+    query = query.reshape(B, S, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, C]
+    key = key.transpose(0, 2, 3, 1)[:, :, None]  # [B, K, 1, C, T]
+    value = value.transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, T, C]
+
+    scores = matmul(query, key) * query.dtype.type(C**-0.5)  # [B, K, G, S, T]
+    scores = tap("scores", scores.reshape(B, H, S, T))
+    visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window)  # [S, T]
+    if padding_mask is not None:
+        visible = visible & padding_mask.astype(bool)[:, None, None, :]  # [B, 1, S, T]
+    probabilities = softmax(wide(scores), visible).astype(query.dtype, copy=False)
+    probabilities = tap("probabilities", probabilities)
+    context = matmul(probabilities.reshape(B, K, H // K, S, T), value)  # [B, K, G, S, C]
+    return context.transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
+
+
+def attention(query, key, value, padding_mask=None, sliding_window=None):
+    """Causal grouped-query attention that never holds the score matrix.
+
+    Queries are taken in blocks, each with the keys up to its last one only: memory grows with T,
+    not with S x T, and about half of the products are never computed. Inside a block everything is
+    float32 (float64 for the oracle), rounded once at the end.
+
+    Args and Returns: those of `textbook_attention`, without `tap`.
+    """
+    xp = get_array_module(query)
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    block, G = 128, H // K
+    context = xp.empty((B, S, H, C), query.dtype)
+    for b, k in np.ndindex(B, K):
+        heads = slice(k * G, (k + 1) * G)
+        keys, values = wide(key[b, :, k]), wide(value[b, :, k])  # [T, C]
+        for start in range(0, S, block):
+            stop = min(start + block, S)
+            # The block's queries, [s], are the last of the positions [first, last).
+            last = T - S + stop
+            first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
+            positions = xp.arange(first, last)  # [t]
+            visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
+            if padding_mask is not None:
+                visible = visible & padding_mask[b, first:last].astype(bool)
+            rows = wide(query[b, start:stop, heads]).transpose(1, 0, 2)  # [G, s, C]
+            scores = (rows * C**-0.5) @ keys[first:last].T  # [G, s, t]
+            mixed = softmax(scores, visible) @ values[first:last]  # [G, s, C]
+            context[b, start:stop, heads] = mixed.transpose(1, 0, 2)
+    return context
+
+
+def silu(x):
+    """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
+    wide_x = wide(x)
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives -0, which is the limit
+        return (wide_x / (1 + get_array_module(x).exp(-wide_x))).astype(x.dtype, copy=False)
+
+
+def dropout(x, rate, rng):
+    """Zero each element with probability `rate` and divide the others by `1 - rate`; any shape."""
+    if rate == 0:
+        return x
+    keep = rng.random(x.shape, dtype=np.float32) >= rate
+    return (wide(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
+
+
+def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attention_layernorm,
+                  feedforward_gate_intermediate, feedforward_output, *,
+                  num_key_value_heads, head_dim, epsilon, rotary, attend, drop, tap):
+    """One transformer layer: attention, then a gated feed-forward network, each on a residual.
+
+    Args:
+        x: [B, S, D].
+        pre_attention_layernorm: [D], and so is `post_attention_layernorm`.
+        qkv: [(H + 2K)C, D], the query, key and value weights as one product.
+        attention_output: [D, HC].
+        post_attention_layernorm: [D].
+        feedforward_gate_intermediate: [2F, D], the gate's and the intermediate weights as one.
+        feedforward_output: [D, F].
+        num_key_value_heads: int, K.
+        head_dim: int, C.
+        epsilon: float, the norms'.
+        rotary: (cos, sin) of the S positions; see `rotary_tables`.
+        attend: function (query, rotated key, value) -> context [B, S, H, C], which may put keys
+            and values into a cache.
+        drop: function that applies dropout.
+        tap: see `Phi3Backbone.__call__`.
+
+    Returns:
+        [B, S, D].
+
+    Source: KerasHub's `Phi3Decoder`.
+    """
+    B, S, _ = x.shape
+    K = num_key_value_heads
+
+    normed = tap("pre_attention_layernorm", rms_norm(x, pre_attention_layernorm, epsilon))
+    heads = linear(normed, qkv).reshape(B, S, len(qkv) // head_dim, head_dim)  # [B, S, H + 2K, C]
+    query = tap("attention.query", heads[:, :, : -2 * K])
+    key = tap("attention.key", heads[:, :, -2 * K : -K])
+    value = tap("attention.value", heads[:, :, -K:])
+    query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
+    key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
+    context = tap("attention.context", attend(query, key, value))  # [B, S, H, C]
+    output = linear(drop(context).reshape(B, S, attention_output.shape[1]), attention_output)
+    x = tap("attention_residual", x + drop(tap("attention_output", output)))
+
+    normed = tap("post_attention_layernorm", rms_norm(x, post_attention_layernorm, epsilon))
+    both = linear(normed, feedforward_gate_intermediate)  # [B, S, 2F]
+    F = both.shape[-1] // 2
+    gate = tap("feedforward_gate", both[..., :F])
+    intermediate = tap("feedforward_intermediate", both[..., F:])
+    output = linear(silu(gate) * intermediate, feedforward_output)
+    return x + drop(tap("feedforward_output", output))
+
+
+# ---- The KV cache --------------------------------------------------------------------------------
+
+
+class KVCache:
+    """The rotated keys and the values of all positions so far, so that each is computed once.
+
+    Args:
+        backbone: the Phi3Backbone that fills it.
+        batch_size: int, B.
+        max_length: int, the number of positions that there is room for.
+    """
+
+    def __init__(self, backbone, batch_size, max_length):
+        heads = backbone.num_key_value_heads, backbone.head_dim
+        shape = backbone.num_layers, 2, batch_size, max_length, *heads
+        self.arrays = backbone.xp.empty(shape, backbone.compute_dtype)  # [layers, 2, B, max, K, C]
+        self.length = 0  # positions filled; the backbone advances it after the last layer
+
+    def append(self, layer, key, value):
+        """Write one layer's new keys and values, [B, S, K, C]; return all so far, [B, T, K, C]."""
+        end = self.length + key.shape[1]
+        self.arrays[layer, 0, :, self.length : end] = key
+        self.arrays[layer, 1, :, self.length : end] = value
+        return self.arrays[layer, 0, :, :end], self.arrays[layer, 1, :, :end]
+
+    def select(self, rows):
+        """Keep the given rows of the batch, [B] int, in that order (beam search)."""
+        self.arrays = self.arrays[:, :, get_array_module(self.arrays).asarray(rows)]
+
+
+# ---- The backbone --------------------------------------------------------------------------------
+
+
+class Backbone:
+    """Base class: `Backbone.from_preset` picks the class that a preset's config names."""
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Build a backbone from a preset; see `Phi3Backbone.from_preset`."""
+        return Phi3Backbone.from_preset(preset, load_weights, **kwargs)
+
+
+class Phi3Backbone(Backbone):
+    """Phi-3 without its output projection: token ids to hidden states.
+
+    Args:
+        vocabulary_size: int, V.
+        num_layers: int.
+        hidden_dim: int, D.
+        intermediate_dim: int, F.
+        num_query_heads: int, H.
+        num_key_value_heads: int, K; divides H.
+        layer_norm_epsilon: float.
+        dropout: float in [0, 1), applied where `training=True` only.
+        max_sequence_length: int, the positions that the model is made for.
+        pretraining_sequence_length: int, the positions that it was pretrained with; longer
+            sequences use su scaling's long factors.
+        rope_max_wavelength: float.
+        rope_scaling_type: None or "su".
+        rope_scaling_short_factor: R / 2 floats, for "su".
+        rope_scaling_long_factor: R / 2 floats, for "su".
+        dtype: a key of `DTYPE_POLICIES`, a dtype, or Keras's policy; None is "float32".
+        name: str.
+        trainable: bool, kept for Keras's sake.
+        backend: "numpy" or "cupy", where the weights live and the model computes.
+        seed: int or None, for random weights and dropout.
+        fused: bool; False runs `textbook_attention`, score matrix and all.
+        head_dim: int, C, where it is not D // H.
+        partial_rotary_factor: float in (0, 1], the share of C that RoPE rotates.
+        sliding_window: int or None; see `visible_keys`.
+        tie_word_embeddings: bool; True: the output projection is the token embedding.
+        rope_attention_factor: float or None, su scaling's magnitude where a config states it.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument's value is impossible.
+
+    Source: https://arxiv.org/abs/2404.14219; KerasHub's `Phi3Backbone`. The last five arguments are
+    for Hugging Face checkpoints that KerasHub cannot express.
+    """
+
+    presets = {  # the built-in names, and where they are
+        "phi3_mini_4k_instruct_en": "kaggle://keras/phi3/keras/phi3_mini_4k_instruct_en/2",
+        "phi3_mini_128k_instruct_en": "kaggle://keras/phi3/keras/phi3_mini_128k_instruct_en/2",
+        "phi3_tiny_puzzles_en": str(
+            pathlib.Path(__file__).parent / "notebooks" / "presets" / "phi3_tiny_puzzles_en"
+        ),
+    }
+
+    def __init__(
+        self, vocabulary_size, num_layers, hidden_dim, intermediate_dim, num_query_heads,
+        num_key_value_heads, layer_norm_epsilon=1e-6, dropout=0.0, max_sequence_length=4096,
+        pretraining_sequence_length=4096, rope_max_wavelength=10000, rope_scaling_type=None,
+        rope_scaling_short_factor=None, rope_scaling_long_factor=None, dtype=None, *,
+        name="phi3_backbone", trainable=True, backend="numpy", seed=None, fused=True,
+        head_dim=None, partial_rotary_factor=1.0, sliding_window=None, tie_word_embeddings=False,
+        rope_attention_factor=None,
+    ):
+        # Every argument becomes an attribute of its name.
+        vars(self).update({key: value for key, value in locals().items() if key != "self"})
+        for key in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim",
+                    "num_query_heads", "num_key_value_heads", "max_sequence_length",
+                    "pretraining_sequence_length", "head_dim", "sliding_window"):
+            value = getattr(self, key)
+            optional = key in ("head_dim", "sliding_window")
+            require((optional and value is None) or (is_int(value) and value > 0),
+                    f"`{key}` must be a positive integer. Received: {value!r}")
+        for key, low, high in (("layer_norm_epsilon", 0, 1), ("dropout", 0, 1),
+                               ("rope_max_wavelength", 1, math.inf),
+                               ("partial_rotary_factor", 0, 1.001),
+                               ("rope_attention_factor", 0, math.inf)):
+            value = getattr(self, key)
+            optional = key == "rope_attention_factor"
+            require((optional and value is None) or (is_number(value) and low <= value < high),
+                    f"`{key}` must be a number in [{low}, {high}). Received: {value!r}")
+        require(num_query_heads % num_key_value_heads == 0,
+                f"`num_key_value_heads` ({num_key_value_heads}) must divide "
+                f"`num_query_heads` ({num_query_heads}).")
+        require(head_dim or hidden_dim % num_query_heads == 0,
+                f"`num_query_heads` ({num_query_heads}) must divide `hidden_dim` ({hidden_dim}).")
+        self.head_dim = head_dim or hidden_dim // num_query_heads
+        self.rotary_dim = int(self.head_dim * partial_rotary_factor)
+        require(self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
+                "RoPE rotates pairs: `head_dim` times `partial_rotary_factor` must be even. "
+                f"Received: {self.head_dim} and {partial_rotary_factor}")
+        require(rope_scaling_type in (None, "su"),
+                f'`rope_scaling_type` must be None or "su". Received: {rope_scaling_type!r}')
+        if rope_scaling_type == "su":
+            require(pretraining_sequence_length > 1, "`pretraining_sequence_length` must be > 1.")
+            for key in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
+                factors = getattr(self, key)
+                require(isinstance(factors, (list, tuple)) and len(factors) == self.rotary_dim // 2
+                        and all(is_number(factor) and factor > 0 for factor in factors),
+                        f"`{key}` must be a list of {self.rotary_dim // 2} positive numbers, one "
+                        f"for each pair that RoPE rotates. Received: {factors!r}")
+        self.dtype_policy = dtype_policy_name(dtype)
+        self.weight_dtype, self.compute_dtype = map(np.dtype, DTYPE_POLICIES[self.dtype_policy])
+        self.xp = load_backend(backend)
+        weight_seed, dropout_seed = np.random.SeedSequence(seed).generate_state(2)
+        self.weight_rng = np.random.default_rng(weight_seed)
+        self.dropout_rng = self.xp.random.default_rng(int(dropout_seed))
+
+    # The model itself.
+
+    def __call__(self, inputs, training=False, tap=None):
+        """Compute the hidden states of a batch of sequences.
+
+        Args:
+            inputs: dict of "token_ids" [B, S], int, and "padding_mask" [B, S], bool or 0/1, which
+                may be left out (all ones).
+            training: bool; True applies dropout.
+            tap: None, or a function (name, array) -> array that is called with every named
+                intermediate; what it returns is used instead. Names are Keras's layer paths, such
+                as "transformer_layer_0.attention.query". Attention then runs step by step.
+
+        Returns:
+            [B, S, D], in the compute dtype.
+
+        Raises:
+            ValueError: an input has the wrong shape, dtype or range.
+        """
+        token_ids, padding_mask = self.check_inputs(inputs)
+        mask = None if padding_mask.all() else self.xp.asarray(padding_mask)
+        return self.forward(self.xp.asarray(token_ids), mask, training=training, tap=tap)
+
+    def forward(self, token_ids, padding_mask=None, cache=None, training=False, tap=None):
+        """Like `__call__`, on checked arrays; with a `KVCache`, on the S positions after."""
+        start = 0 if cache is None else cache.length
+        end = start + token_ids.shape[1]  # [start, end) are the S positions
+        if start <= self.max_sequence_length < end:
+            warnings.warn(
+                f"The sequence outgrows max_sequence_length={self.max_sequence_length}.",
+                stacklevel=3,
+            )
+        rotary = self.rotary_tables(start, end)
+        rate = self.dropout if training else 0.0
+        drop = functools.partial(dropout, rate=rate, rng=self.dropout_rng)
+        tap = tap or no_tap
+
+        x = tap("token_embedding", self.token_embedding(token_ids))  # [B, S, D]
+        for i, weights in enumerate(self.weights["transformer_layers"]):
+            layer_tap = prefixed(tap, f"transformer_layer_{i}")
+            x = decoder_layer(
+                x, **{name: self.autocast(weight) for name, weight in weights.items()},
+                num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim,
+                epsilon=self.layer_norm_epsilon, rotary=rotary, drop=drop, tap=layer_tap,
+                attend=functools.partial(self.attend, i, cache, padding_mask, layer_tap),
+            )
+            x = tap(f"transformer_layer_{i}", x)
+        if cache is not None:
+            cache.length = end
+        scale = self.autocast(self.weights["sequence_output_layernorm"])
+        return tap("sequence_output_layernorm", rms_norm(x, scale, self.layer_norm_epsilon))
+
+    def attend(self, layer, cache, padding_mask, tap, query, key, value):
+        """Attend to the new keys and values [B, S, K, C] and, with a cache, to those before."""
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        if self.fused and tap is no_tap:
+            return attention(query, key, value, padding_mask, self.sliding_window)
+        tap = prefixed(tap, "attention")
+        return textbook_attention(query, key, value, padding_mask, self.sliding_window, tap)
+
+    def token_embedding(self, inputs, reverse=False):
+        """Look up token ids' vectors, or project hidden states onto the vocabulary.
+
+        Args:
+            inputs: [B, S] int token ids; with `reverse=True`, [B, S, D] hidden states.
+            reverse: bool.
+
+        Returns:
+            [B, S, D], or the logits [B, S, V], in the compute dtype.
+        """
+        if reverse:
+            return linear(inputs, self.autocast(self.weights["reverse_embedding"]))
+        return self.autocast(self.weights["token_embedding"][inputs])
+
+    def autocast(self, weight):
+        """Return `weight` in the compute dtype: a copy in the mixed policies only."""
+        return weight.astype(self.compute_dtype, copy=False)
+
+    def uses_long_factors(self, length):
+        """Say whether a sequence of `length` positions takes su scaling's long factors."""
+        return self.rope_scaling_type == "su" and length > self.pretraining_sequence_length
+
+    def rotary_tables(self, start, end):
+        """Return (cos, sin) of the positions [start, end), each [S, 1, R / 2]; compute dtype."""
+        dtype = np.float64 if self.compute_dtype == np.float64 else np.float32
+        factors, magnitude = 1.0, 1.0
+        if self.rope_scaling_type == "su":
+            long = self.uses_long_factors(end)
+            factors = self.rope_scaling_long_factor if long else self.rope_scaling_short_factor
+            factors = self.xp.asarray(factors, dtype)
+            stretch = self.max_sequence_length / self.pretraining_sequence_length
+            magnitude = self.rope_attention_factor or su_magnitude(
+                stretch, self.pretraining_sequence_length
+            )
+        positions = self.xp.arange(start, end).astype(dtype)
+        wavelength = self.rope_max_wavelength
+        tables = rotary_tables(positions, self.rotary_dim, wavelength, factors, magnitude)
+        return [table.astype(self.compute_dtype, copy=False) for table in tables]
+
+    def check_inputs(self, inputs):
+        """Return `inputs`' token ids and padding mask as host arrays [B, S], int64 and bool."""
+        require(isinstance(inputs, dict) and "token_ids" in inputs,
+                f'inputs must be a dict with "token_ids". Received: {inputs!r}')
+        token_ids = to_numpy(inputs["token_ids"])
+        require(token_ids.ndim == 2 and np.issubdtype(token_ids.dtype, np.integer),
+                "`token_ids` must be integers of shape [B, S]. "
+                f"Received: {token_ids.dtype} of shape {token_ids.shape}")
+        require(((token_ids >= 0) & (token_ids < self.vocabulary_size)).all(),
+                f"`token_ids` must be in [0, {self.vocabulary_size}). "
+                f"Received: {token_ids.min(initial=0)} to {token_ids.max(initial=0)}")
+        padding_mask = inputs.get("padding_mask")
+        padding_mask = np.ones(token_ids.shape) if padding_mask is None else to_numpy(padding_mask)
+        require(padding_mask.shape == token_ids.shape and np.isin(padding_mask, (0, 1)).all(),
+                f"`padding_mask` must be 0 or 1, of token_ids' shape {token_ids.shape}. "
+                f"Received: shape {padding_mask.shape}, values {np.unique(padding_mask)[:5]}")
+        return token_ids.astype(np.int64), padding_mask.astype(bool)
+
+    # The weights.
+
+    @functools.cached_property
+    def weights(self):
+        """A nested dict of arrays; if nothing was loaded, random ones are drawn at first use."""
+
+        def draw(shape, stddev):
+            if stddev is None:
+                return self.xp.ones(shape, self.weight_dtype)
+            normal = self.weight_rng.standard_normal(shape, np.float32) * np.float32(stddev)
+            return self.xp.asarray(normal.astype(self.weight_dtype, copy=False))
+
+        return self.build_weights(draw)
+
+    def build_weights(self, make):
+        """Return the weights' nested dict with every array made by `make(shape, stddev)`.
+
+        `stddev` is that of KerasHub's random initializer; None stands for ones.
+        """
+        V, D, F = self.vocabulary_size, self.hidden_dim, self.intermediate_dim
+        H, K, C = self.num_query_heads, self.num_key_value_heads, self.head_dim
+        embedding = make((V, D), 0.01)
+        return {
+            "token_embedding": embedding,
+            "transformer_layers": [
+                {
+                    "pre_attention_layernorm": make((D,), None),
+                    "qkv": make(((H + 2 * K) * C, D), 0.02),
+                    "attention_output": make((D, H * C), 0.02),
+                    "post_attention_layernorm": make((D,), None),
+                    "feedforward_gate_intermediate": make((2 * F, D), 0.02),
+                    "feedforward_output": make((D, F), 0.02),
+                }
+                for _ in range(self.num_layers)
+            ],
+            "sequence_output_layernorm": make((D,), None),
+            "reverse_embedding": embedding if self.tie_word_embeddings else make((V, D), 0.01),
+        }
+
+    def weight_shapes(self):
+        """Return the weights' nested dict with arrays that have shapes but take no memory."""
+        zero = np.zeros((), self.weight_dtype)
+        return self.build_weights(lambda shape, stddev: np.broadcast_to(zero, shape))
+
+    def empty_weights(self):
+        """Return the weights' nested dict, uninitialized."""
+        return self.build_weights(lambda shape, stddev: self.xp.empty(shape, self.weight_dtype))
+
+    def keras_variables(self, weights):
+        """Yield (path in Keras's HDF5 file, view of that shape) in the order of `get_weights()`.
+
+        The views share memory with `weights`: reading them converts to Keras's layout, writing to
+        them converts from it.
+        """
+        D, H, K, C = self.hidden_dim, self.num_query_heads, self.num_key_value_heads, self.head_dim
+        yield "layers/reversible_embedding/vars/0", weights["token_embedding"]  # [V, D]
+        yield "layers/reversible_embedding/vars/1", weights["reverse_embedding"].T  # [D, V]
+        for i, layer in enumerate(weights["transformer_layers"]):
+            path = f"layers/phi3_decoder_{i}" if i else "layers/phi3_decoder"
+            qkv = layer["qkv"].reshape(H + 2 * K, C, D).transpose(2, 0, 1)  # [D, H + 2K, C]
+            output = layer["attention_output"].reshape(D, H, C).transpose(1, 2, 0)  # [H, C, D]
+            gate, intermediate = layer["feedforward_gate_intermediate"].reshape(2, -1, D)  # [F, D]
+            yield f"{path}/pre_attention_layernorm/vars/0", layer["pre_attention_layernorm"]
+            yield f"{path}/attention/query_dense/vars/0", qkv[:, :H]
+            yield f"{path}/attention/key_dense/vars/0", qkv[:, H : H + K]
+            yield f"{path}/attention/value_dense/vars/0", qkv[:, H + K :]
+            yield f"{path}/attention/output_dense/vars/0", output
+            yield f"{path}/post_attention_layernorm/vars/0", layer["post_attention_layernorm"]
+            yield f"{path}/feedforward_intermediate_dense/vars/0", intermediate.T
+            yield f"{path}/feedforward_gate_dense/vars/0", gate.T
+            yield f"{path}/feedforward_output_dense/vars/0", layer["feedforward_output"].T
+        yield "layers/phi3_layer_norm/vars/0", weights["sequence_output_layernorm"]
+
+    def huggingface_tensors(self, weights):
+        """Yield (Hugging Face's name, array) of every weight: their layout is ours."""
+        yield "model.embed_tokens.weight", weights["token_embedding"]
+        for i, layer in enumerate(weights["transformer_layers"]):
+            path = f"model.layers.{i}"
+            yield f"{path}.input_layernorm.weight", layer["pre_attention_layernorm"]
+            yield f"{path}.self_attn.qkv_proj.weight", layer["qkv"]
+            yield f"{path}.self_attn.o_proj.weight", layer["attention_output"]
+            yield f"{path}.post_attention_layernorm.weight", layer["post_attention_layernorm"]
+            yield f"{path}.mlp.gate_up_proj.weight", layer["feedforward_gate_intermediate"]
+            yield f"{path}.mlp.down_proj.weight", layer["feedforward_output"]
+        yield "model.norm.weight", weights["sequence_output_layernorm"]
+        if not self.tie_word_embeddings:
+            yield "lm_head.weight", weights["reverse_embedding"]
+
+    def get_weights(self):
+        """Return copies of the weights, a list of NumPy arrays in KerasHub's order and shapes."""
+        return [np.array(to_numpy(view)) for _, view in self.keras_variables(self.weights)]
+
+    def set_weights(self, weights):
+        """Replace the weights by a list of arrays like that of `get_weights()`.
+
+        Raises:
+            ValueError: the list's length, or the shape of the array that the message names.
+        """
+        ours = self.empty_weights()
+        views = list(self.keras_variables(ours))
+        require(len(weights) == len(views),
+                f"`weights` must have {len(views)} arrays. Received: {len(weights)}")
+        for (path, view), weight in zip(views, weights, strict=True):
+            require(np.shape(weight) == view.shape,
+                    f"{path} must be {view.shape}. Received: {np.shape(weight)}")
+            view[...] = self.xp.asarray(weight)
+        if self.tie_word_embeddings:
+            require(np.array_equal(np.transpose(weights[1]), weights[0]),
+                    "With `tie_word_embeddings`, weights[1] must be weights[0] transposed.")
+        self.weights = ours
+
+    def count_params(self):
+        """Return the number of parameters, an int; nothing is allocated."""
+        named = self.huggingface_tensors(self.weight_shapes())
+        return sum(array.size for _, array in named)
+
+    def summary(self):
+        """Print a table of the weights: name, shape, parameters and bytes."""
+        rows = []
+        for name, weight in self.weight_shapes().items():
+            if name == "transformer_layers":
+                for i, layer in enumerate(weight):
+                    rows += [(f"transformer_layer_{i}.{part}", layer[part]) for part in layer]
+            elif name != "reverse_embedding" or not self.tie_word_embeddings:
+                rows.append((name, weight))
+        print(f'Model "{self.name}", {self.dtype_policy} policy')
+        print(f"{'layer':<50}{'shape [out, in]':>18}{'parameters':>15}{'bytes':>17}")
+        for name, array in rows:
+            print(f"{name:<50}{list(array.shape)!s:>18}{array.size:>15,}{array.nbytes:>17,}")
+        total = self.count_params()
+        print(f"{'total':<68}{total:>15,}{total * self.weight_dtype.itemsize:>17,}")
+
+    # The configuration, and presets (the functions used here stand in the next part).
+
+    def get_config(self):
+        """Return the constructor's arguments as a dict in KerasHub's form."""
+        dtype = {"module": "keras", "class_name": "DTypePolicy",
+                 "config": {"name": self.dtype_policy}, "registered_name": None}
+        names = ["vocabulary_size", "num_layers", "num_query_heads", "hidden_dim",
+                 "intermediate_dim", "num_key_value_heads", "layer_norm_epsilon", "dropout",
+                 "max_sequence_length", "pretraining_sequence_length", "rope_max_wavelength",
+                 "rope_scaling_type", "rope_scaling_short_factor", "rope_scaling_long_factor"]
+        # What KerasHub does not know appears only where it says something.
+        ours = {"head_dim": self.hidden_dim / self.num_query_heads, "partial_rotary_factor": 1,
+                "sliding_window": None, "tie_word_embeddings": False, "rope_attention_factor": None}
+        names += [name for name, default in ours.items() if getattr(self, name) != default]
+        config = {"name": self.name, "trainable": self.trainable, "dtype": dtype}
+        return config | {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_config(cls, config):
+        """Build a backbone with random weights from what `get_config()` returned."""
+        return cls(**config)
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Build a backbone from a preset.
+
+        Args:
+            preset: a built-in name (a key of `presets`), "kaggle://…", "hf://organization/name",
+                or a directory, in Keras's or Hugging Face's format.
+            load_weights: bool; False leaves them random.
+            **kwargs: arguments of the constructor that override the preset's. The dtype is float32
+                unless given here, whatever the files hold.
+
+        Raises:
+            FileNotFoundError: the preset, or a file that it needs, does not exist.
+            ValueError: a file's content is not that of a Phi-3.
+        """
+        preset = Preset(preset)
+        backbone = cls(**{**preset.backbone_config(), "dtype": None, **kwargs})
+        if load_weights:
+            load_weights_from(preset, backbone)
+        return backbone
+
+    def save_to_preset(self, directory):
+        """Write the configuration and weights to `directory` in Keras's format.
+
+        Raises:
+            ValueError: KerasHub's Phi3Backbone cannot express this model.
+        """
+        config = self.get_config()
+        for name in ("head_dim", "partial_rotary_factor", "rope_attention_factor"):
+            require(name not in config, f"Keras's format cannot express `{name}`.")
+        config.pop("tie_word_embeddings", None)  # Keras's file holds both embeddings
+        if config.pop("sliding_window", None):
+            warnings.warn("Keras's format knows no sliding window: it is left out.", stacklevel=2)
+        save_weights_to(pathlib.Path(directory) / "model.weights.h5", self)
+        write_json(pathlib.Path(directory) / "config.json",
+                   keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
+
+
+# ---- Presets: reading and writing ----------------------------------------------------------------
+
+
+class Preset:
+    """The files of a preset: a local directory, or a hub's, fetched one by one when asked for.
+
+    Args:
+        preset: see `Phi3Backbone.from_preset`.
+
+    Raises:
+        FileNotFoundError: there is no such preset, or it has no config.json.
+        ValueError: config.json is neither a Keras nor a Hugging Face Phi-3's.
+    """
+
+    def __init__(self, preset):
+        self.name = str(preset)
+        location = Phi3Backbone.presets.get(self.name, self.name)
+        self.scheme, _, self.handle = location.rpartition("://")
+        require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
+        if not self.scheme and not os.path.isdir(self.handle):
+            raise FileNotFoundError(
+                f"There is no preset {self.name!r}. A preset is one of "
+                f"{list(Phi3Backbone.presets)}, a directory, kaggle://… or hf://organization/name."
+            )
+        self.config = self.json("config.json")
+        if self.config is None:
+            raise FileNotFoundError(f"preset {self.name!r} has no config.json")
+        self.format = "huggingface" if "model_type" in self.config else "keras"
+        found = self.config.get("model_type", self.config.get("registered_name"))
+        require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
+                f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
+
+    def file(self, name):
+        """Return the local path of one of the preset's files, or None where it has none."""
+        if self.scheme == "kaggle":
+            import kagglehub
+            from kagglehub.exceptions import KaggleApiHTTPError
+
+            try:
+                return pathlib.Path(kagglehub.model_download(self.handle, name))
+            except (KaggleApiHTTPError, ValueError) as error:
+                # Two ways of saying that there is no such file, one online, one from the cache.
+                if "404" in str(error) or "is not present in the model files" in str(error):
+                    return None
+                raise
+        if self.scheme == "hf":
+            import huggingface_hub
+            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+            try:
+                return pathlib.Path(huggingface_hub.hf_hub_download(self.handle, name))
+            except LocalEntryNotFoundError:  # offline, and not in the cache
+                raise
+            except EntryNotFoundError:
+                return None
+        path = pathlib.Path(self.handle, name)
+        return path if path.is_file() else None
+
+    def json(self, name):
+        """Return the object in one of the preset's JSON files, or None where there is no file."""
+        path = self.file(name)
+        if path is None:
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        require(isinstance(content, dict), f"{path} must hold an object: {str(content)[:40]}")
+        return content
+
+    def backbone_config(self):
+        """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
+        try:
+            if self.format == "huggingface":
+                return arguments_from_huggingface(self.config)
+            arguments = dict(self.config["config"])
+        except KeyError as error:
+            raise ValueError(f"{self.name}/config.json lacks {error}") from error
+        unknown = arguments.keys() - inspect.signature(Phi3Backbone).parameters.keys()
+        require(not unknown, f"{self.name}/config.json: unknown arguments {sorted(unknown)}")
+        return arguments
+
+    def weight_files(self):
+        """Return the paths of the files that hold the weights.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: an index is malformed, or names a file outside the preset.
+        """
+        single, index = {
+            "keras": ("model.weights.h5", "model.weights.json"),
+            "huggingface": ("model.safetensors", "model.safetensors.index.json"),
+        }[self.format]
+        shards = self.json(index)
+        names = {single} if shards is None else set()
+        for item in (shards or {}).get("weight_map", {}).values():
+            # Keras gives a list of files where a layer is spread over several.
+            names.update(item if isinstance(item, list) else [item])
+        names = sorted(names)
+        for name in names:
+            require(pathlib.PurePath(name).name == name,
+                    f"{self.name}/{index} names {name!r}, which is not a file beside it")
+        paths = [self.file(name) for name in names]
+        if None in paths:
+            raise FileNotFoundError(f"preset {self.name!r} has no {names[paths.index(None)]}")
+        return paths
+
+
+def arguments_from_huggingface(config):
+    """Return `Phi3Backbone`'s arguments for a Hugging Face config.json, in either spelling of RoPE.
+
+    Args:
+        config: dict, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: the model is not one that `Phi3Backbone` computes.
+
+    Source: transformers' `Phi3Config` and `_compute_longrope_parameters`.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta", 10000),
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
+    require(kind in ("default", "su", "yarn", "longrope"),
+            f"config.json: RoPE of type {kind!r} is not Phi-3's")
+    require(config.get("hidden_act", "silu") == "silu",
+            f"config.json: hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
+    arguments = {
+        "vocabulary_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_dim": config["hidden_size"],
+        "intermediate_dim": config["intermediate_size"],
+        "num_query_heads": config["num_attention_heads"],
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "dropout": config.get("attention_dropout", 0.0),
+        "max_sequence_length": config.get("max_position_embeddings", 4096),
+        "pretraining_sequence_length": config.get(
+            "original_max_position_embeddings", rope.get("original_max_position_embeddings", 4096)
+        ),
+        "rope_max_wavelength": rope["rope_theta"],
+        "head_dim": config.get("head_dim"),
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "sliding_window": config.get("sliding_window"),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+    if kind != "default":
+        arguments["rope_scaling_type"] = "su"
+        arguments["rope_scaling_short_factor"] = rope["short_factor"]
+        arguments["rope_scaling_long_factor"] = rope["long_factor"]
+        arguments["rope_attention_factor"] = rope.get("attention_factor")
+        if rope.get("attention_factor") is None and rope.get("factor") is not None:
+            arguments["rope_attention_factor"] = su_magnitude(
+                rope["factor"], arguments["pretraining_sequence_length"]
+            )
+    return arguments
+
+
+# A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
+StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
+
+
+def open_hdf5(path, stack):
+    """Return {name: StoredTensor} of a Keras weights file, which `stack` closes."""
+    import h5py
+
+    file, found = stack.enter_context(h5py.File(path, "r")), {}
+
+    def visit(name, item):  # called for what the file itself holds; links are not followed
+        if isinstance(item, h5py.Dataset):
+            require(not item.external and not item.is_virtual, f"{name} lies in another file")
+            dtype = item.attrs.get("dtype", item.dtype.name)
+            # HDF5 has no bfloat16: Keras writes opaque items of two bytes.
+            read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
+            found[name] = StoredTensor(path, item.shape, dtype, read)
+
+    file.visititems(visit)
+    return found
+
+
+def open_safetensors(path, stack):
+    """Return {name: StoredTensor} of a safetensors file; nothing stays open for `stack`."""
+    import safetensors
+
+    with safetensors.safe_open(path, framework="numpy"):
+        pass  # the library checks the header: lengths, names, ranges
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), dtypes.get(entry["dtype"], entry["dtype"])
+        start = 8 + header_size + entry["data_offsets"][0]
+        # Read, not mapped: of a mapped file, every page once touched would stay in memory.
+        read = functools.partial(read_tensor, path, start, shape, dtype)
+        found[name] = StoredTensor(path, shape, dtype, read)
+    return found
+
+
+def read_tensor(path, start, shape, dtype):
+    """Return the array of that shape and dtype that begins at byte `start` of a file."""
+    return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
+
+
+def load_weights_from(preset, backbone):
+    """Read a preset's weights into `backbone`, tensor by tensor; on failure it stays as it was.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; a tensor is missing, unknown, or of the wrong shape or dtype.
+    """
+    keras = preset.format == "keras"
+    open_file = open_hdf5 if keras else open_safetensors
+    named_arrays = backbone.keras_variables if keras else backbone.huggingface_tensors
+    floats = ("float64", "float32", "float16", "bfloat16")
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for path in preset.weight_files():
+            try:
+                found.update(open_file(path, stack))
+            except Exception as error:  # h5py and safetensors each raise their own
+                raise ValueError(f"{path} cannot be read: {error}") from error
+        # Everything is checked before memory is taken.
+        expected = dict(named_arrays(backbone.weight_shapes()))
+        for name, array in expected.items():
+            require(name in found, f"preset {preset.name!r} lacks the tensor {name}")
+            path, shape, dtype, _ = found[name]
+            require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
+            require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
+        for name in found.keys() - expected.keys():
+            # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
+            ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
+            require(ignored, f"{found[name].path}: unknown tensor {name}")
+        weights = backbone.empty_weights()
+        for name, array in progress(named_arrays(weights), "loading"):
+            array[...] = backbone.xp.asarray(found[name].read())
+    backbone.weights = weights
+
+
+def save_weights_to(path, backbone):
+    """Write `backbone`'s weights to one HDF5 file as Keras lays it out."""
+    import h5py
+
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for name, array in progress(backbone.keras_variables(backbone.weights), "saving"):
+            dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
+            if array.dtype == ml_dtypes.bfloat16:
+                dataset.attrs["dtype"] = "bfloat16"
+
+
+def progress(named_arrays, what):
+    """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
+    from tqdm import tqdm
+
+    pairs = list(named_arrays)
+    total = sum(array.nbytes for _, array in pairs)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1) as bar:
+        for name, array in pairs:
+            yield name, array
+            bar.update(array.nbytes)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path to write to; at the end it becomes `path`, on failure it vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a dict to a JSON file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def keras_object(module, class_name, config):
+    """Return the dict by which Keras's JSON files describe an object of KerasHub's."""
+    return {"module": f"keras_hub.src.{module}", "class_name": class_name, "config": config,
+            "registered_name": f"keras_hub>{class_name}"}
+
+
+# ---- Tokenizer and preprocessor ------------------------------------------------------------------
+
+
+START_TOKEN, END_TOKEN = "<s>", "<|endoftext|>"
+ROLES = ("system", "user", "assistant")
+
+
+class Phi3Tokenizer:
+    """Text to token ids and back, with SentencePiece.
+
+    A space is written "▁", and one is put before the text. BPE then merges neighbouring pieces,
+    best score first, beginning with single characters; a character that is no piece becomes its
+    UTF-8 bytes, "<0x00>" to "<0xFF>".
+
+    Special tokens such as "<|user|>" come in two ways. In a Keras vocabulary they are pieces that
+    no merge crosses. In a Hugging Face directory they are *added tokens*: cut out of the text
+    first, with the whitespace their flags give them; the segments between are encoded one by one.
+
+    Args:
+        proto: a SentencePiece model with the special tokens: its path, or its content as bytes.
+        added_tokens: None for a Keras vocabulary, else {token id: {"content": str, and the flags
+            "lstrip", "rstrip", "normalized"}}.
+        prefix: where added tokens leave a space to be put: "first" (before the text) and "always"
+            (before each segment), unless there is one; "prepend" (before each segment); "never".
+        strip_prefix: bool, whether `detokenize` then takes off one leading space.
+
+    Raises:
+        ValueError: `proto` is no SentencePiece model, or lacks "<s>" or "<|endoftext|>".
+
+    Source: KerasHub's `Phi3Tokenizer`; Hugging Face's `added_vocabulary.rs` and `metaspace.rs`.
+    """
+
+    def __init__(self, proto, *, added_tokens=None, prefix="never", strip_prefix=False):
+        import sentencepiece
+
+        name = "`proto`" if isinstance(proto, bytes) else str(proto)
+        self.proto = proto if isinstance(proto, bytes) else pathlib.Path(proto).read_bytes()
+        self.added_tokens, self.prefix, self.strip_prefix = added_tokens, prefix, strip_prefix
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.load_from_serialized_proto(self.encoding_proto())
+        except Exception as error:  # SentencePiece and protobuf raise each their own
+            raise ValueError(f"{name} is not a SentencePiece model: {error}") from error
+        self.token_ids = range(self.processor.vocab_size())
+        self.pieces = [self.processor.id_to_piece(token_id) for token_id in self.token_ids]
+        self.ids = {piece: token_id for token_id, piece in enumerate(self.pieces)}
+        for token in (START_TOKEN, END_TOKEN):
+            require(token in self.ids, f"{name} lacks the special token {token!r}")
+        self.start_token_id, self.end_token_id = self.ids[START_TOKEN], self.ids[END_TOKEN]
+        self.special_token_ids = [self.start_token_id, self.end_token_id]
+        self.pad_token_id = 0
+        # The tokens to find in the text itself, and those to find in what "prepend" makes of it.
+        self.patterns = [self.added_pattern(False), self.added_pattern(True)]
+
+    def encoding_proto(self):
+        """Return the model to encode with: added tokens and prefix, if any, are left to us."""
+        if self.added_tokens is None:
+            return self.proto
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        model = ModelProto.FromString(self.proto)
+        model.normalizer_spec.Clear()
+        model.normalizer_spec.add_dummy_prefix = False
+        model.normalizer_spec.remove_extra_whitespaces = False
+        for piece in model.pieces:
+            if piece.type == piece.USER_DEFINED:
+                piece.type = piece.CONTROL  # which no text encodes to
+        return model.SerializeToString()
+
+    def added_pattern(self, normalized):
+        """Return a regular expression of the added tokens, and their ids in its groups' order."""
+        space = r"[^\S\x1c-\x1f]*"  # \s, less four characters that only Python counts as spaces
+        tokens = [
+            (self.normalize(token["content"]) if normalized else token["content"], token_id, token)
+            for token_id, token in (self.added_tokens or {}).items()
+            if token.get("normalized", False) == normalized
+        ]
+        tokens.sort(key=lambda token: -len(token[0]))  # the longest match counts
+        pattern = "|".join(
+            space * flags.get("lstrip", False) + f"({re.escape(content)})"
+            + space * flags.get("rstrip", False)
+            for content, _, flags in tokens
+        )
+        return re.compile(pattern or "(?!)"), [token[1] for token in tokens]  # (?!) never matches
+
+    def normalize(self, segment):
+        """Return a segment as "prepend" rewrites it, before the second kind of token is found."""
+        prepend = segment and self.prefix == "prepend"
+        return "▁" + segment.replace(" ", "▁") if prepend else segment
+
+    def split(self, text, normalized):
+        """Yield each segment of the text and the id of the added token behind it, or None."""
+        (pattern, token_ids), end = self.patterns[normalized], 0
+        for match in pattern.finditer(text):
+            yield text[end : match.start()], token_ids[match.lastindex - 1]
+            end = match.end()
+        yield text[end:], None
+
+    def encode(self, text):
+        """Return the token ids of one string."""
+        if self.added_tokens is None:
+            return self.processor.encode(text)
+        token_ids, first = [], True
+        for segment, token_id in self.split(text, normalized=False):
+            for part, inner_id in self.split(self.normalize(segment), normalized=True):
+                add_space = self.prefix == "always" or (self.prefix == "first" and first)
+                if part and add_space and not part.startswith((" ", "▁")):
+                    part = "▁" + part
+                token_ids += [*self.processor.encode(part), inner_id]
+                first = False
+            token_ids.append(token_id)
+        return [token_id for token_id in token_ids if token_id is not None]
+
+    def tokenize(self, text):
+        """Return the token ids of a str, or a list of them for a list of str; no start token."""
+        if isinstance(text, str):
+            return self.encode(text)
+        require(isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text),
+                f"`text` must be a string or a list of strings. Received: {text!r}")
+        return [self.encode(item) for item in text]
+
+    __call__ = tokenize
+
+    def decode(self, token_ids, at_start=True):
+        """Return the text of token ids that stand at the start of a text, or further on."""
+        if self.added_tokens is None:
+            # SentencePiece takes the prefix off the first piece with any text: be that another's.
+            before = [] if at_start else [self.processor.unk_id()]
+            return self.processor.decode(before + token_ids)[len(self.processor.decode(before)) :]
+        text, run = "", b""
+        for token_id in [*token_ids, None]:
+            if token_id is not None and self.processor.is_byte(token_id):
+                run += bytes.fromhex(self.pieces[token_id][3:5])
+                continue
+            try:
+                text += run.decode()
+            except UnicodeDecodeError:  # one bad byte spoils its whole run
+                text += "�" * len(run)
+            run = b""
+            if token_id is not None:
+                normalized = self.added_tokens.get(token_id, {}).get("normalized")
+                piece = self.pieces[token_id]
+                text += (self.normalize(piece) if normalized else piece).replace("▁", " ")
+        return text.removeprefix(" ") if at_start and self.strip_prefix else text
+
+    def detokenize(self, token_ids):
+        """Return the text of a sequence of token ids, or a list of texts for a batch of them.
+
+        Bytes that are not UTF-8 become "�"; ids outside the vocabulary are left out.
+        """
+        if len(token_ids) and np.ndim(token_ids[0]):
+            return [self.detokenize(row) for row in token_ids]
+        return self.decode([i for i in map(int, token_ids) if i in self.token_ids])
+
+    def detokenize_stream(self, token_ids):
+        """Yield the text of token ids in pieces, each as soon as no later token can change it.
+
+        Joined, the pieces are `detokenize(list(token_ids))`. A run of byte tokens, which may end
+        within a character, waits for the token that ends it.
+        """
+        waiting, at_start = [], True
+        for token_id in (i for i in map(int, token_ids) if i in self.token_ids):
+            waiting.append(token_id)
+            text = "" if self.processor.is_byte(token_id) else self.decode(waiting, at_start)
+            if text:
+                yield text
+                waiting, at_start = [], False
+        yield self.decode(waiting, at_start)
+
+    def token_to_id(self, token):
+        """Return the id of a token; of an unknown one, that of "<unk>"."""
+        return self.ids.get(token, self.processor.unk_id())
+
+    def id_to_token(self, token_id):
+        """Return the token with this id."""
+        require(token_id in self.token_ids, f"there is no token with the id {token_id!r}")
+        return self.pieces[token_id]
+
+    def vocabulary_size(self):
+        """Return the number of tokens; a model's may be larger."""
+        return len(self.pieces)
+
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        """Return a conversation in the form that Phi-3 was trained on.
+
+        Args:
+            messages: list of {"role": "system", "user" or "assistant", "content": str}.
+            add_generation_prompt: bool; True ends with the assistant's turn to speak, False with
+                "<|endoftext|>".
+
+        Raises:
+            ValueError: a message is not of that form.
+        """
+        require(messages, "a conversation has at least one message")
+        text = ""
+        for message in messages:
+            require(isinstance(message, dict) and message.keys() == {"role", "content"}
+                    and message["role"] in ROLES and isinstance(message["content"], str),
+                    f'A message is {{"role": one of {ROLES}, "content": str}}: {message!r}')
+            text += f"<|{message['role']}|>\n{message['content']}<|end|>\n"
+        return text + ("<|assistant|>\n" if add_generation_prompt else END_TOKEN)
+
+    @classmethod
+    def from_preset(cls, preset):
+        """Build the tokenizer of a preset; see `Phi3Backbone.from_preset`.
+
+        A Keras preset tokenizes as KerasHub does, a Hugging Face directory as transformers does.
+
+        Raises:
+            ValueError: its files are malformed, or it has no SentencePiece tokenizer.
+        """
+        tokenizer, _ = load_tokenizer(Preset(preset))
+        require(tokenizer is not None, f"preset {str(preset)!r} has no SentencePiece tokenizer")
+        return tokenizer
+
+    def save_to_preset(self, directory):
+        """Write the tokenizer to `directory` in Keras's format, which has no added tokens.
+
+        They become pieces, at the same ids, and lose their flags.
+        """
+        directory = pathlib.Path(directory)
+        write_json(directory / "tokenizer.json", self.keras_object())
+        with replacing(directory / "assets" / "tokenizer" / "vocabulary.spm") as path:
+            path.write_bytes(self.proto)
+
+    def keras_object(self):
+        """Return the dict that describes the tokenizer in Keras's JSON files."""
+        config = {"dtype": "int32", "config_file": "tokenizer.json", "proto": None}
+        return keras_object("models.phi3.phi3_tokenizer", "Phi3Tokenizer", config)
+
+
+def load_tokenizer(preset):
+    """Return a Preset's Phi3Tokenizer, and a dict of what the preset says of its preprocessor.
+
+    The tokenizer is None where there is none, or one of another kind (Phi-4's).
+    """
+    if preset.format == "keras":
+        proto = preset.file("assets/tokenizer/vocabulary.spm")
+        config = (preset.json("preprocessor.json") or {}).get("config", {})
+        names = ("sequence_length", "add_start_token", "add_end_token")
+        config = {name: config[name] for name in names if name in config}
+        return (None if proto is None else Phi3Tokenizer(proto)), config
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    fast, path = preset.json("tokenizer.json"), preset.file("tokenizer.model")
+    config = preset.json("tokenizer_config.json") or {}
+    model = ModelProto()
+    try:
+        if fast is not None and fast["model"].get("byte_fallback"):
+            added, prefix, strip_prefix, add_start_token = read_tokenizer_json(fast, model)
+        elif fast is None and path is not None:
+            names = preset.json("added_tokens.json") or {}
+            added, prefix, strip_prefix, add_start_token = read_tokenizer_model(
+                path, names, config, model
+            )
+        else:
+            return None, {}
+        model.normalizer_spec.add_dummy_prefix = prefix != "never"
+        added.update({int(i): token for i, token in config.get("added_tokens_decoder", {}).items()})
+        for token_id, token in sorted(added.items()):
+            if token_id == len(model.pieces):
+                model.pieces.add(piece=token["content"], type=model.SentencePiece.USER_DEFINED)
+            require(token_id < len(model.pieces)
+                    and model.pieces[token_id].piece == token["content"]
+                    and not token.get("single_word"), f"cannot add {token} with the id {token_id}")
+        tokenizer = Phi3Tokenizer(model.SerializeToString(deterministic=True),
+                                  added_tokens=added, prefix=prefix, strip_prefix=strip_prefix)
+    except Exception as error:  # whatever malformed files lead to
+        raise ValueError(f"preset {preset.name!r}: malformed tokenizer: {error!r}") from error
+    return tokenizer, {"add_start_token": add_start_token}
+
+
+def read_tokenizer_model(path, names, config, model):
+    """Read a tokenizer.model as `transformers.LlamaTokenizer` does, the class Phi-3's config names.
+
+    `AutoTokenizer`, in transformers 5, overrides that name and so never puts a space before the
+    text: in this we do not follow it.
+    """
+    model.ParseFromString(path.read_bytes())
+    added = {
+        token_id: {"content": piece.piece}
+        for token_id, piece in enumerate(model.pieces)
+        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)
+    }
+    added.update({token_id: {"content": name} for name, token_id in names.items()})
+    prefix = "always" if config.get("legacy") else "first"
+    prefix = "never" if config.get("add_prefix_space") is False else prefix
+    return added, prefix, prefix != "never", bool(config.get("add_bos_token"))
+
+
+def read_tokenizer_json(fast, model):
+    """Read a tokenizer.json as `transformers.AutoTokenizer` does, its BPE into `model`."""
+    # What happens around the BPE.
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = fast.get("normalizer") or {"normalizers": []}
+    steps = steps.get("normalizers", [steps])
+    metaspace = fast.get("pre_tokenizer") or {}
+    if not steps and metaspace.get("type") == "Metaspace" and metaspace.get("split") is False:
+        prefix = metaspace["prepend_scheme"]
+    else:
+        require(steps in ([prepend, replace], [replace]) and not metaspace,
+                f"unknown normalizer {steps} with pre_tokenizer {metaspace}")
+        prefix = "prepend" if prepend in steps else "never"
+    decoders = [step["type"] for step in fast["decoder"]["decoders"]]
+    require(decoders[:3] == ["Replace", "ByteFallback", "Fuse"], f"unknown decoder {decoders}")
+    template = (fast.get("post_processor") or {}).get("single", [])
+    add_start_token = any("SpecialToken" in part for part in template[:1])
+    added = {token["id"]: token for token in fast["added_tokens"]}
+
+    # The BPE: a piece scores the higher, the earlier in the list of merges it comes about.
+    bpe, scores = fast["model"], {}
+    for rank, merge in enumerate(bpe["merges"]):
+        merge = merge.split(" ") if isinstance(merge, str) else merge
+        scores.setdefault("".join(merge), -rank)
+    types = dict.fromkeys([token["content"] for token in added.values()], "USER_DEFINED")
+    types.update({START_TOKEN: "CONTROL", "</s>": "CONTROL"})
+    types[bpe.get("unk_token") or "<unk>"] = "UNKNOWN"
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for token_id, piece in enumerate(sorted(bpe["vocab"], key=bpe["vocab"].get)):
+        require(bpe["vocab"][piece] == token_id, f"no piece has the id {token_id}")
+        kind = "NORMAL" if piece in scores or len(piece) == 1 else "UNUSED"
+        kind = "BYTE" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else types.get(piece, kind)
+        model.pieces.add(piece=piece, score=scores.get(piece, -len(bpe["merges"])),
+                         type=model.SentencePiece.Type.Value(kind))
+    return added, prefix, "Strip" in decoders, add_start_token
+
+
+class Phi3CausalLMPreprocessor:
+    """Strings to the padded arrays that a causal LM takes, and back.
+
+    Args:
+        tokenizer: Phi3Tokenizer.
+        sequence_length: int, the length that every sequence is cut or padded to.
+        add_start_token: bool, put "<s>" before every text.
+        add_end_token: bool, put "<|endoftext|>" behind every text; never before generation.
+
+    Source: KerasHub's `Phi3CausalLMPreprocessor`, which adds the start token before generation
+    even where `add_start_token` is False.
+    """
+
+    def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=False):
+        require(is_int(sequence_length) and sequence_length > 0,
+                f"`sequence_length` must be a positive integer. Received: {sequence_length!r}")
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.add_start_token = add_start_token
+        self.add_end_token = add_end_token
+
+    def pack(self, texts, length, add_end_token):
+        """Return token ids, int32, and padding mask, bool: [B, length], or [length] for a str."""
+        rows = self.tokenizer([texts] if isinstance(texts, str) else texts)
+        start = [self.tokenizer.start_token_id] if self.add_start_token else []
+        end = [self.tokenizer.end_token_id] if add_end_token else []
+        token_ids = np.full((len(rows), length), self.tokenizer.pad_token_id, "int32")
+        padding_mask = np.zeros(token_ids.shape, bool)
+        for row, text_ids in enumerate(rows):
+            packed = start + text_ids[: length - len(start) - len(end)] + end
+            token_ids[row, : len(packed)] = packed
+            padding_mask[row, : len(packed)] = True
+        row = 0 if isinstance(texts, str) else slice(None)
+        return token_ids[row], padding_mask[row]
+
+    def __call__(self, x, sequence_length=None):
+        """Return inputs, labels and label weights for training.
+
+        Args:
+            x: str, or list of B str.
+            sequence_length: int; None is the preprocessor's.
+
+        Returns:
+            x: dict of "token_ids", int32, and "padding_mask", bool, both [B, sequence_length].
+            y: int32, like `token_ids`: at each position, the token that follows.
+            sample_weight: bool, like `y`: False where none follows.
+        """
+        length = sequence_length or self.sequence_length
+        token_ids, padding_mask = self.pack(x, length + 1, self.add_end_token)
+        x = {"token_ids": token_ids[..., :-1], "padding_mask": padding_mask[..., :-1]}
+        return x, token_ids[..., 1:], padding_mask[..., 1:]
+
+    def generate_preprocess(self, x, sequence_length=None):
+        """Return prompts as `__call__` does, but without end token and labels."""
+        token_ids, padding_mask = self.pack(x, sequence_length or self.sequence_length, False)
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def generate_postprocess(self, x):
+        """Return the text of "token_ids" under "padding_mask", less the start and end tokens.
+
+        Args:
+            x: dict of arrays [B, S] or [S].
+
+        Returns:
+            list of B str, or str.
+        """
+        token_ids = np.asarray(x["token_ids"])
+        visible = np.asarray(x["padding_mask"], bool)
+        visible = visible & ~np.isin(token_ids, self.tokenizer.special_token_ids)
+        if token_ids.ndim == 1:
+            return self.tokenizer.detokenize(token_ids[visible])
+        rows = zip(token_ids, visible, strict=True)
+        return [self.tokenizer.detokenize(row[mask]) for row, mask in rows]
+
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """Build the preprocessor of a preset, or None if it has no SentencePiece tokenizer.
+
+        Args:
+            preset: see `Phi3Backbone.from_preset`.
+            **kwargs: arguments of the class to use instead of the preset's.
+        """
+        tokenizer, config = load_tokenizer(Preset(preset))
+        return None if tokenizer is None else cls(tokenizer, **{**config, **kwargs})
+
+    def save_to_preset(self, directory):
+        """Write preprocessor and tokenizer to `directory` in Keras's format."""
+        config = {
+            "tokenizer": self.tokenizer.keras_object(),
+            "config_file": "preprocessor.json",
+            "sequence_length": self.sequence_length,
+            "add_start_token": self.add_start_token,
+            "add_end_token": self.add_end_token,
+        }
+        module = "models.phi3.phi3_causal_lm_preprocessor"
+        content = keras_object(module, "Phi3CausalLMPreprocessor", config)
+        write_json(pathlib.Path(directory, "preprocessor.json"), content)
+        self.tokenizer.save_to_preset(directory)
+
+
+# ---- The causal LM and its samplers --------------------------------------------------------------
+
+
+class Sampler:
+    """Base class of the rules that choose the next token, in `get_next_token`.
+
+    `get_next_token(probabilities)` takes [B, V], float32, and returns one token per row, [B] int.
+
+    Args:
+        temperature: float > 0; the logits are divided by it.
+        seed: int or None, for the random choices.
+
+    Source: KerasHub's `keras_hub/src/samplers`.
+    """
+
+    def __init__(self, temperature=1.0, seed=None):
+        require(is_number(temperature) and temperature > 0,
+                f"`temperature` must be a number > 0. Received: {temperature!r}")
+        self.temperature = temperature
+        self.rng = np.random.default_rng(seed)
+
+    def draw(self, weights):
+        """Draw an index per row with probability proportional to `weights`, [B, N] -> [B]."""
+        xp = get_array_module(weights)
+        cumulative = weights.cumsum(axis=-1, dtype=np.float64)
+        point = xp.asarray(self.rng.random((len(weights), 1))) * cumulative[:, -1:]
+        return (cumulative <= point).sum(axis=-1)
+
+
+class GreedySampler(Sampler):
+    """Choose the most probable token."""
+
+    def get_next_token(self, probabilities):
+        """See `Sampler`."""
+        return probabilities.argmax(axis=-1)
+
+
+class RandomSampler(Sampler):
+    """Draw from the whole distribution."""
+
+    def get_next_token(self, probabilities):
+        """See `Sampler`."""
+        return self.draw(probabilities)
+
+
+class TopKSampler(Sampler):
+    """Draw from the `k` most probable tokens."""
+
+    def __init__(self, k=5, **kwargs):
+        super().__init__(**kwargs)
+        require(is_int(k) and k > 0, f"`k` must be a positive integer. Received: {k!r}")
+        self.k = k
+
+    def get_next_token(self, probabilities):
+        """See `Sampler`."""
+        best, tokens = top_k(probabilities, self.k)
+        return take_per_row(tokens, self.draw(best))
+
+
+class TopPSampler(Sampler):
+    """Draw from the fewest most probable tokens whose probabilities sum to more than `p`.
+
+    `k`, if given, cuts the candidates to the `k` most probable first.
+    """
+
+    def __init__(self, p=0.1, k=None, **kwargs):
+        super().__init__(**kwargs)
+        require(is_number(p) and 0 <= p <= 1, f"`p` must be in [0, 1]. Received: {p!r}")
+        require(k is None or (is_int(k) and k > 0),
+                f"`k` must be a positive integer or None. Received: {k!r}")
+        self.p, self.k = p, k
+
+    def get_next_token(self, probabilities):
+        """See `Sampler`."""
+        best, tokens = top_k(probabilities, self.k or probabilities.shape[-1])
+        before = best.cumsum(axis=-1) - best  # the probability of all better tokens
+        before[:, 0] = 0
+        return take_per_row(tokens, self.draw(best * (before <= self.p)))
+
+
+class BeamSampler(Sampler):
+    """Keep the `num_beams` most probable continuations of each prompt; return the best."""
+
+    def __init__(self, num_beams=5, **kwargs):
+        super().__init__(**kwargs)
+        require(is_int(num_beams) and num_beams > 0,
+                f"`num_beams` must be a positive integer. Received: {num_beams!r}")
+        self.num_beams = num_beams
+
+
+SAMPLERS = {
+    "greedy": GreedySampler,
+    "random": RandomSampler,
+    "top_k": TopKSampler,
+    "top_p": TopPSampler,
+    "beam": BeamSampler,
+}
+
+
+def top_k(values, k):
+    """Return the `k` largest of each row, largest first, and their places; [B, N] -> 2 x [B, k]."""
+    xp = get_array_module(values)
+    order = xp.argsort(-values, axis=-1, kind="stable")[:, :k]
+    return xp.take_along_axis(values, order, axis=-1), order
+
+
+def take_per_row(values, index):
+    """Return `values[b, index[b]]` for every row b; [B, N] and [B] -> [B]."""
+    return get_array_module(values).take_along_axis(values, index[:, None], axis=-1)[:, 0]
+
+
+class Phi3CausalLM:
+    """Phi-3 with its output projection and, if it has a preprocessor, its tokenizer.
+
+    Args:
+        backbone: Phi3Backbone.
+        preprocessor: Phi3CausalLMPreprocessor or None (token ids in, token ids out).
+
+    Source: KerasHub's `Phi3CausalLM` and `CausalLM`.
+    """
+
+    def __init__(self, backbone, preprocessor=None):
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.compile()
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Build a causal LM from a preset; arguments and errors of `Phi3Backbone.from_preset`.
+
+        Its preprocessor is None where the preset has no SentencePiece tokenizer.
+        """
+        preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
+        return cls(Phi3Backbone.from_preset(preset, load_weights, **kwargs), preprocessor)
+
+    def save_to_preset(self, directory):
+        """Write weights, configuration and tokenizer to `directory` in Keras's format."""
+        self.backbone.save_to_preset(directory)
+        if self.preprocessor is not None:
+            self.preprocessor.save_to_preset(directory)
+
+    def compile(self, sampler="top_k"):
+        """Choose how `generate` picks tokens: a key of `SAMPLERS`, or an object like `Sampler`."""
+        if isinstance(sampler, str) and sampler in SAMPLERS:
+            sampler = SAMPLERS[sampler]()
+        require(isinstance(sampler, BeamSampler) or hasattr(sampler, "get_next_token"),
+                f"`sampler` must be one of {list(SAMPLERS)} or a Sampler. Received: {sampler!r}")
+        self.sampler = sampler
+
+    def __call__(self, inputs, training=False, tap=None):
+        """Return the logits [B, S, V] of a batch; arguments and errors of the backbone's call."""
+        hidden_states = self.backbone(inputs, training=training, tap=tap)
+        return (tap or no_tap)("logits", self.backbone.token_embedding(hidden_states, reverse=True))
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        """Continue prompts until each has produced a stop token, or the buffer is full.
+
+        A batch starts at the end of its shortest prompt; longer prompts are never overwritten.
+
+        Args:
+            inputs: str, list of str, or a dict of "token_ids" and "padding_mask" [B, max_length]
+                with the prompts on the left and zeros in the mask where there is room.
+            max_length: int, tokens of prompt and answer together; None is the preprocessor's
+                `sequence_length`. Not for a dict, whose length it is.
+            stop_token_ids: "auto" (<|endoftext|> and <|end|>), None, or ints.
+            strip_prompt: bool; True returns the new text only.
+
+        Returns:
+            str, list of str, or a dict like `inputs` whose mask ends after the stop token.
+
+        Raises:
+            ValueError: an argument has the wrong shape or value.
+        """
+        ids = isinstance(inputs, dict)
+        token_ids, prompt_mask = self.prepare(inputs, max_length)
+        stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
+        if isinstance(self.sampler, BeamSampler):
+            token_ids = self.beam_search(token_ids, prompt_mask, stop_token_ids)
+        else:
+            for _ in self.steps(token_ids, prompt_mask, stop_token_ids):
+                pass
+        padding_mask = np.ones_like(prompt_mask)
+        if stop_token_ids is not None:
+            stops = np.isin(token_ids, stop_token_ids) & ~prompt_mask
+            padding_mask = stops.cumsum(axis=1) - stops == 0  # up to the first, inclusive
+        if strip_prompt:
+            padding_mask &= ~prompt_mask
+            if ids:  # the answers move to the left
+                order = np.argsort(~padding_mask, axis=1, kind="stable")
+                token_ids = np.take_along_axis(token_ids, order, axis=1)
+                padding_mask = np.take_along_axis(padding_mask, order, axis=1)
+        outputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+        if ids:
+            return outputs
+        texts = self.preprocessor.generate_postprocess(outputs)
+        return texts[0] if isinstance(inputs, str) else texts
+
+    def stream(self, prompt, max_length=None, stop_token_ids="auto"):
+        """Yield the answer to one prompt as text, piece by piece, without its stop token.
+
+        Args:
+            prompt: str.
+            max_length: see `generate`, and so for `stop_token_ids`.
+
+        Yields:
+            str; joined, they are what `generate(prompt, strip_prompt=True)` returns, less the stop.
+        """
+        require(not isinstance(self.sampler, BeamSampler),
+                "Beam search knows its answer only at the end: it cannot stream.")
+        require(isinstance(prompt, str), f"`prompt` must be a string. Received: {prompt!r}")
+        token_ids, prompt_mask = self.prepare(prompt, max_length)
+        stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
+        tokens = (int(tokens[0]) for tokens in self.steps(token_ids, prompt_mask, stop_token_ids))
+        hidden = {*(stop_token_ids or ()), *self.preprocessor.tokenizer.special_token_ids}
+        visible = (token for token in tokens if token not in hidden)
+        return self.preprocessor.tokenizer.detokenize_stream(visible)
+
+    def prepare(self, inputs, max_length):
+        """Return `generate`'s inputs as token ids and prompt mask, host arrays [B, max_length]."""
+        if not isinstance(inputs, dict):
+            require(self.preprocessor is not None,
+                    "Strings need a preprocessor, and this model has none: pass a dict.")
+            inputs = [inputs] if isinstance(inputs, str) else inputs
+            inputs = self.preprocessor.generate_preprocess(inputs, max_length)
+        token_ids, prompt_mask = self.backbone.check_inputs(inputs)
+        lengths = prompt_mask.sum(axis=1)
+        require(lengths.all() and len(lengths) > 0,
+                f"Every prompt needs at least one token. Received: {lengths.tolist()} tokens.")
+        require((prompt_mask[:, 1:] <= prompt_mask[:, :-1]).all(),
+                "`padding_mask` must be ones, for the prompt, then zeros, where there is room.")
+        if lengths.min() == token_ids.shape[1]:
+            warnings.warn(
+                f"The prompt fills all {token_ids.shape[1]} positions: nothing can be generated. "
+                "Raise `max_length`.",
+                stacklevel=3,
+            )
+        return token_ids, prompt_mask
+
+    def resolve_stop_tokens(self, stop_token_ids):
+        """Return `generate`'s stop tokens as a list of ints, or None."""
+        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+            require(self.preprocessor is not None,
+                    '`stop_token_ids="auto"` needs a preprocessor, and this model has none: '
+                    "pass None or the token ids.")
+            tokenizer = self.preprocessor.tokenizer
+            end_of_turn = tokenizer.token_to_id("<|end|>")
+            # An unknown token's id is 0.
+            return [tokenizer.end_token_id] + [end_of_turn] * (end_of_turn != 0)
+        if stop_token_ids is None:
+            return None
+        stop_token_ids = list(stop_token_ids)
+        require(all(is_int(token) for token in stop_token_ids),
+                f"`stop_token_ids` must be integers. Received: {stop_token_ids}")
+        return stop_token_ids
+
+    def next_logits(self, token_ids, index, cache):
+        """Return the logits [B, V] for position `index`, and the cache of all positions before it.
+
+        The prompt is computed at once, each later position alone. But where a sequence outgrows the
+        pretraining length, su scaling changes RoPE's factors, and the cached keys, rotated with the
+        short ones, are computed anew with the long ones: as the model's authors do. (KerasHub goes
+        by the buffer's length for the prompt, and never changes while it decodes.)
+        """
+        backbone = self.backbone
+        if cache is None or (
+            backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length)
+        ):
+            cache = KVCache(backbone, *token_ids.shape)
+        new_ids = backbone.xp.asarray(token_ids[:, cache.length : index])  # [B, S]
+        hidden_states = backbone.forward(new_ids, cache=cache)  # [B, S, D]
+        logits = backbone.token_embedding(hidden_states[:, -1:], reverse=True)  # [B, 1, V]
+        return logits[:, 0], cache
+
+    def probabilities(self, logits):
+        """Return the softmax of `logits` / temperature over the last axis, in float32."""
+        return softmax(wide(logits) / self.sampler.temperature)
+
+    def steps(self, token_ids, prompt_mask, stop_token_ids):
+        """Fill `token_ids` [B, max_length] in place, yielding each position's tokens [B]."""
+        index, cache = int(prompt_mask.sum(axis=1).min()), None
+        done = np.zeros(len(token_ids), bool)
+        while index < token_ids.shape[1] and not done.all():
+            logits, cache = self.next_logits(token_ids, index, cache)
+            tokens = to_numpy(self.sampler.get_next_token(self.probabilities(logits)))
+            in_prompt = prompt_mask[:, index]
+            token_ids[:, index] = np.where(in_prompt, token_ids[:, index], tokens)
+            if stop_token_ids is not None:
+                done |= np.isin(token_ids[:, index], stop_token_ids) & ~in_prompt
+            yield token_ids[:, index]
+            index += 1
+
+    def beam_search(self, token_ids, prompt_mask, stop_token_ids):
+        """Return the most probable continuation of each prompt that beam search finds.
+
+        Source: KerasHub's `BeamSampler`, with which it agrees token for token.
+        """
+        beams, (B, max_length) = self.sampler.num_beams, token_ids.shape
+        token_ids, prompt_mask = token_ids.repeat(beams, axis=0), prompt_mask.repeat(beams, axis=0)
+        log_probability = np.full((B, beams), -1e9, np.float32)
+        log_probability[:, 0] = 0  # all beams start alike: only the first counts
+        index, cache = int(prompt_mask.sum(axis=1).min()), None
+        done = np.zeros(B * beams, bool)
+        while index < max_length and not done.all():
+            logits, cache = self.next_logits(token_ids, index, cache)
+            with np.errstate(divide="ignore"):  # log(0) is -inf, as it should be
+                candidates = np.log(to_numpy(self.probabilities(logits)))  # [B * beams, V]
+            V = candidates.shape[-1]
+            candidates = candidates.reshape(B, beams, V) + log_probability[:, :, None]
+            log_probability, best = top_k(candidates.reshape(B, beams * V), beams)
+            parents = (best // V + beams * np.arange(B)[:, None]).reshape(-1)  # [B * beams]
+            token_ids, done = token_ids[parents], done[parents]
+            cache.select(parents)
+            in_prompt = prompt_mask[:, index]
+            token_ids[:, index] = np.where(in_prompt, token_ids[:, index], (best % V).reshape(-1))
+            if stop_token_ids is not None:
+                done |= np.isin(token_ids[:, index], stop_token_ids) & ~in_prompt
+            index += 1
+        winners = log_probability.argmax(axis=1) + beams * np.arange(B)
+        return token_ids[winners]
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    """Answer a prompt, or chat; see `python phi3_ref.py --help`."""
+    parser = argparse.ArgumentParser(
+        prog="phi3_ref.py", description="Ask a Phi-3. Without a prompt: chat until end of input."
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="what to ask; the answer goes to standard output")
+    add("--preset", default="phi3_tiny_puzzles_en", help="name, directory, kaggle:// or hf://")
+    add("--backend", default="numpy", choices=("numpy", "cupy"))
+    add("--dtype", help=f"one of {', '.join(DTYPE_POLICIES)} (default: float32)")
+    add("--max-length", type=int, help="tokens of conversation and answer together")
+    add("--sampler", default="greedy", choices=[name for name in SAMPLERS if name != "beam"])
+    add("--temperature", type=float, default=1.0)
+    add("--seed", type=int, help="makes random choices repeatable")
+    add("--raw", action="store_true", help="continue the text as it is, without chat template")
+    add("--summary", action="store_true", help="print the model's weights and exit")
+    options = parser.parse_args(arguments)
+    try:
+        if options.summary:
+            Phi3Backbone.from_preset(options.preset, False, dtype=options.dtype).summary()
+            return
+        sampler = SAMPLERS[options.sampler](temperature=options.temperature, seed=options.seed)
+        causal_lm = Phi3CausalLM.from_preset(
+            options.preset, dtype=options.dtype, backend=options.backend
+        )
+        require(causal_lm.preprocessor, f"preset {options.preset!r} has no tokenizer to ask with")
+        causal_lm.compile(sampler)
+        max_length = options.max_length or min(causal_lm.backbone.max_sequence_length, 4096)
+        chat(causal_lm, options.prompt, max_length, options.raw)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)  # as a shell reports an interrupt
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        parser.exit(2, f"phi3_ref.py: {error}\n")
+
+
+def chat(causal_lm, prompt, max_length, raw):
+    """Answer `prompt`, or if it is None each line of standard input as one conversation.
+
+    Answers alone go to standard output, piece by piece. Where the conversation takes more than
+    three quarters of `max_length` tokens, its oldest turns are forgotten.
+    """
+    tokenizer, messages = causal_lm.preprocessor.tokenizer, []
+    if prompt is None:
+        print("End of input (Ctrl-D) ends the conversation.", file=sys.stderr)
+    for line in read_lines() if prompt is None else [prompt]:
+        messages.append({"role": "user", "content": line})
+        text = line if raw else tokenizer.apply_chat_template(messages)
+        while not raw and len(messages) > 1 and len(tokenizer(text)) > 0.75 * max_length:
+            del messages[:2]
+            text = tokenizer.apply_chat_template(messages)
+        answer = ""
+        for piece in causal_lm.stream(text, max_length=max_length):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def read_lines():
+    """Yield the lines of standard input, asking for each on standard error."""
+    while True:
+        print(">>> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+if __name__ == "__main__":
+    main()
