@@ -523,6 +523,8 @@ class Phi3Backbone(Backbone):
                         and all(is_number(factor) and factor > 0 for factor in factors),
                         f"`{key}` must be a list of {self.rotary_dim // 2} positive numbers, one "
                         f"for each pair that RoPE rotates. Received: {factors!r}")
+        require(seed is None or (is_int(seed) and seed >= 0),
+                f"`seed` must be a non-negative integer or None. Received: {seed!r}")
         self.dtype_policy = dtype_policy_name(dtype)
         self.weight_dtype, self.compute_dtype = map(np.dtype, DTYPE_POLICIES[self.dtype_policy])
         self.xp = load_backend(backend)
@@ -1578,6 +1580,8 @@ class Sampler:
     def __init__(self, temperature=1.0, seed=None):
         require(is_number(temperature) and temperature > 0,
                 f"`temperature` must be a number > 0. Received: {temperature!r}")
+        require(seed is None or (is_int(seed) and seed >= 0),
+                f"`seed` must be a non-negative integer or None. Received: {seed!r}")
         self.temperature = temperature
         self.rng = np.random.default_rng(seed)
 
@@ -1779,6 +1783,8 @@ class Phi3CausalLM:
 
     def prepare(self, inputs, max_length):
         """Return `generate`'s inputs as token ids and prompt mask, host arrays [B, max_length]."""
+        require(max_length is None or (is_int(max_length) and max_length > 0),
+                f"`max_length` must be a positive integer or None. Received: {max_length!r}")
         if not isinstance(inputs, dict):
             require(self.preprocessor is not None,
                     "Strings need a preprocessor, and this model has none: pass a dict.")
@@ -1911,7 +1917,9 @@ def main(arguments=None):
         )
         require(causal_lm.preprocessor, f"preset {options.preset!r} has no tokenizer to ask with")
         causal_lm.compile(sampler)
-        max_length = options.max_length or min(causal_lm.backbone.max_sequence_length, 4096)
+        max_length = options.max_length
+        if max_length is None:
+            max_length = min(causal_lm.backbone.max_sequence_length, 4096)
         chat(causal_lm, options.prompt, max_length, options.raw)
     except KeyboardInterrupt:
         print(file=sys.stderr)

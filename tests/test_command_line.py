@@ -1,0 +1,248 @@
+"""The command line, run as a user runs it, and what importing the module costs."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from references import transformers_model, write_huggingface
+
+import phi3_ref
+
+ROOT = pathlib.Path(phi3_ref.__file__).parent
+VOCABULARY = ROOT / "notebooks/presets/phi3_tiny_puzzles_en/assets/tokenizer/vocabulary.spm"
+
+
+def run(*arguments, stdin="", code=0):
+    """Run phi3_ref.py from another directory; return (stdout, stderr)."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "phi3_ref.py"), *arguments],
+        input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120, cwd="/",
+    )
+    assert result.returncode == code, result
+    assert "Traceback" not in result.stderr
+    return result.stdout, result.stderr
+
+
+def random_model(directory, silent):
+    """A random causal LM with a tokenizer, saved; the tokens in `silent` never come greedily."""
+    tokenizer = phi3_ref.Phi3Tokenizer(VOCABULARY.read_bytes())
+    backbone = phi3_ref.Phi3Backbone(
+        vocabulary_size=tokenizer.vocabulary_size(), num_layers=2, hidden_dim=32,
+        intermediate_dim=48, num_query_heads=4, num_key_value_heads=2,
+        max_sequence_length=100_000, pretraining_sequence_length=100_000,
+    )
+    rng = np.random.default_rng(0)
+    weights = [
+        rng.normal(0, 0.3, weight.shape) if weight.ndim > 1 else weight
+        for weight in backbone.get_weights()
+    ]
+    weights[1][:, silent] = 0  # logits of zero: some letter's is always larger
+    backbone.set_weights(weights)
+    model = phi3_ref.Phi3CausalLM(backbone, phi3_ref.Phi3CausalLMPreprocessor(tokenizer))
+    model.compile(sampler="greedy")
+    model.directory = str(directory)
+    model.save_to_preset(directory)
+    return model
+
+
+SPECIAL_AND_BYTES = [*range(259), *range(-11, 0)]
+
+
+@pytest.fixture(scope="module")
+def causal_lm(tmp_path_factory):
+    """A random model that says letters for ever."""
+    return random_model(tmp_path_factory.mktemp("preset"), SPECIAL_AND_BYTES)
+
+
+@pytest.fixture(scope="module")
+def ending_causal_lm(tmp_path_factory):
+    """A random model that says letters until it says <|end|>."""
+    silent = [token for token in SPECIAL_AND_BYTES if token != -4]
+    model = random_model(tmp_path_factory.mktemp("preset"), silent)
+    assert model.preprocessor.tokenizer.vocabulary_size() - 4 == (
+        model.preprocessor.tokenizer.token_to_id("<|end|>")
+    )
+    return model
+
+
+def chat_prompt(causal_lm, *turns):
+    """The chat template of alternating user and assistant turns."""
+    roles = ["user", "assistant"] * len(turns)
+    return causal_lm.preprocessor.tokenizer.apply_chat_template(
+        [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+    )
+
+
+def test_the_readmes_first_command():
+    """The embedded preset answers, and its answer alone is on standard output."""
+    stdout, _ = run("What is 345 + 278?")
+    assert stdout == "623\n"
+
+
+def test_other_questions_of_the_embedded_preset():
+    """The two other kinds of question that the README shows."""
+    assert run("Reverse planet")[0] == "tenalp\n"
+    assert run("Sort planet")[0] == "aelnpt\n"
+
+
+def test_an_answer_is_what_generate_gives(causal_lm):
+    """--preset and --max-length: standard output is `generate`'s text for the chat template."""
+    stdout, _ = run(
+        "Sort dog", "--preset", causal_lm.directory, "--max-length", "50", "--dtype", "float32"
+    )
+    prompt = chat_prompt(causal_lm, "Sort dog")
+    assert stdout == causal_lm.generate(prompt, 50, strip_prompt=True) + "\n"
+    assert len(stdout) > 10
+
+
+def test_raw_continues_the_prompt_itself(causal_lm):
+    """--raw leaves the chat template out."""
+    stdout, _ = run("Sort dog", "--raw", "--preset", causal_lm.directory, "--max-length", "40")
+    assert stdout == causal_lm.generate("Sort dog", 40, strip_prompt=True) + "\n"
+    assert stdout != causal_lm.generate(chat_prompt(causal_lm, "Sort dog"), 40, strip_prompt=True)
+
+
+def test_summary_prints_the_layers_and_exits():
+    """--summary needs no prompt: each layer, its shape and the number of parameters."""
+    stdout, _ = run("--summary")
+    config = json.loads((VOCABULARY.parents[2] / "config.json").read_text())["config"]
+    backbone = phi3_ref.Phi3Backbone.from_preset("phi3_tiny_puzzles_en", load_weights=False)
+    for text in (
+        "token_embedding", f"transformer_layer_{config['num_layers'] - 1}",
+        "sequence_output_layernorm", f"{backbone.count_params():,}",
+    ):
+        assert text in stdout
+
+
+def test_seeds_repeat(causal_lm):
+    """--seed makes random sampling repeat; another seed and another temperature change it."""
+    def sample(*arguments):
+        return run(
+            "Sort dog", "--preset", causal_lm.directory, "--max-length", "60",
+            "--sampler", "random", *arguments,
+        )[0]
+
+    first = sample("--seed", "1")
+    assert first == sample("--seed", "1")
+    assert first != sample("--seed", "2")
+    assert first != sample("--seed", "1", "--temperature", "0.01")
+    prompt = chat_prompt(causal_lm, "Sort dog")
+    greedy = causal_lm.generate(prompt, 60, strip_prompt=True) + "\n"
+    assert greedy == sample("--seed", "1", "--temperature", "0.0001")
+
+
+def test_a_huggingface_directory(causal_lm, tmp_path):
+    """--preset with a directory that transformers wrote, plus the tokenizer's own file."""
+    model = transformers_model(
+        dict(vocab_size=causal_lm.backbone.vocabulary_size, max_position_embeddings=4096), seed=3
+    )
+    write_huggingface(model, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(VOCABULARY.read_bytes())
+    ours = phi3_ref.Phi3CausalLM.from_preset(tmp_path)
+    ours.compile(sampler="greedy")
+    expected = ours.generate(chat_prompt(causal_lm, "Sort dog"), 40, strip_prompt=True)
+    stdout, _ = run("Sort dog", "--preset", str(tmp_path), "--max-length", "40")
+    assert stdout == expected + "\n"
+
+
+def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
+    """There is nothing to ask it with: one line says so."""
+    write_huggingface(transformers_model({}), tmp_path)
+    stdout, stderr = run("Sort dog", "--preset", str(tmp_path), code=2)
+    assert stdout == "" and "tokenizer" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["hello", "--preset", "no_such_preset"], "no_such_preset"),
+        (["hello", "--dtype", "float8"], "float8"),
+        (["hello", "--backend", "torch"], "torch"),
+        (["hello", "--sampler", "nucleus"], "nucleus"),
+        (["hello", "--temperature", "0"], "temperature"),
+        (["hello", "--temperature", "warm"], "warm"),
+        (["hello", "--max-length", "0"], "max.length"),
+        (["hello", "--max-length", "-5"], "max.length"),
+        (["hello", "--seed", "-1"], "seed"),
+        (["hello", "there"], "there"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_one_line(arguments, message):
+    """Exit code 2, nothing on standard output, and a last line that names what is wrong."""
+    stdout, stderr = run(*arguments, code=2)
+    lines = stderr.strip().splitlines()
+    assert stdout == "" and re.search(message, lines[-1])
+    assert len(lines) == 1 or lines[0].startswith("usage:")
+
+
+def test_help_lists_every_option():
+    """--help exits with 0 and names each option."""
+    stdout, _ = run("--help")
+    for option in (
+        "preset", "backend", "dtype", "max-length", "sampler", "temperature", "seed", "raw",
+        "summary",
+    ):
+        assert f"--{option}" in stdout
+
+
+def test_chat_keeps_the_conversation(ending_causal_lm):
+    """Two lines of input: the second answer continues a prompt that holds the whole first turn."""
+    model, length = ending_causal_lm, 600
+
+    def answer(*turns):
+        text = model.generate(chat_prompt(model, *turns), length, strip_prompt=True)
+        assert text.endswith("<|end|>"), "this question is not one that the random model ends"
+        return text.removesuffix("<|end|>")
+
+    first = answer("Sort dog")
+    second = answer("Sort dog", first, "Reverse cat")
+    assert second != answer("Reverse cat")
+    stdout, _ = run(
+        "--preset", model.directory, "--max-length", str(length), stdin="Sort dog\nReverse cat\n"
+    )
+    assert stdout == f"{first}\n{second}\n"
+
+
+def test_end_of_input_ends_the_chat():
+    """No input at all: exit code 0 and nothing on standard output."""
+    assert run(stdin="")[0] == ""
+
+
+def test_an_interrupt_ends_cleanly(causal_lm):
+    """Ctrl-C in the middle of an answer: exit code 130, no traceback, the text so far is out."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "phi3_ref.py"), "Sort dog", "--preset", causal_lm.directory,
+         "--max-length", "90000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    start = process.stdout.read(3)  # generation has begun, and has minutes to go
+    process.send_signal(signal.SIGINT)
+    rest, stderr = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in stderr
+    expected = causal_lm.generate(chat_prompt(causal_lm, "Sort dog"), 40, strip_prompt=True)
+    assert (start + rest).startswith(expected[:3])
+
+
+def test_importing_the_module_imports_no_heavy_package():
+    """The packages for files, hubs, tokenizers and GPUs wait until they are needed."""
+    code = (
+        "import sys, numpy; before = set(sys.modules); import phi3_ref;"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    stdout = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    imported = set(json.loads(stdout.replace("'", '"')))
+    assert "phi3_ref" in imported
+    heavy = (
+        "cupy h5py sentencepiece kagglehub huggingface_hub tqdm safetensors requests matplotlib "
+        "torch tensorflow keras keras_hub transformers tokenizers scipy kernels_cuda"
+    )
+    assert not imported & set(heavy.split())
