@@ -495,14 +495,17 @@ class Phi3Backbone(Backbone):
             optional = key in ("head_dim", "sliding_window")
             require((optional and value is None) or (is_int(value) and value > 0),
                     f"`{key}` must be a positive integer. Received: {value!r}")
-        for key, low, high in (("layer_norm_epsilon", 0, 1), ("dropout", 0, 1),
-                               ("rope_max_wavelength", 1, math.inf),
-                               ("partial_rotary_factor", 0, 1.001),
-                               ("rope_attention_factor", 0, math.inf)):
+        for key, valid, range_ in (
+            ("layer_norm_epsilon", lambda value: value >= 0, "[0, inf)"),
+            ("dropout", lambda value: 0 <= value < 1, "[0, 1)"),
+            ("rope_max_wavelength", lambda value: value >= 1, "[1, inf)"),
+            ("partial_rotary_factor", lambda value: 0 < value <= 1, "(0, 1]"),
+            ("rope_attention_factor", lambda value: value > 0, "(0, inf)"),
+        ):
             value = getattr(self, key)
             optional = key == "rope_attention_factor"
-            require((optional and value is None) or (is_number(value) and low <= value < high),
-                    f"`{key}` must be a number in [{low}, {high}). Received: {value!r}")
+            require((optional and value is None) or (is_number(value) and valid(value)),
+                    f"`{key}` must be a number in {range_}. Received: {value!r}")
         require(num_query_heads % num_key_value_heads == 0,
                 f"`num_key_value_heads` ({num_key_value_heads}) must divide "
                 f"`num_query_heads` ({num_query_heads}).")
@@ -920,8 +923,14 @@ class Preset:
             arguments = dict(self.config["config"])
         except KeyError as error:
             raise ValueError(f"{self.name}/config.json lacks {error}") from error
-        unknown = arguments.keys() - inspect.signature(Phi3Backbone).parameters.keys()
+        except TypeError as error:
+            raise ValueError(f"{self.name}/config.json is malformed: {error}") from error
+        parameters = inspect.signature(Phi3Backbone).parameters
+        unknown = arguments.keys() - parameters.keys()
         require(not unknown, f"{self.name}/config.json: unknown arguments {sorted(unknown)}")
+        lacking = [name for name, parameter in parameters.items()
+                   if parameter.default is parameter.empty and name not in arguments]
+        require(not lacking, f"{self.name}/config.json lacks {lacking}")
         return arguments
 
     def weight_files(self):
@@ -935,15 +944,21 @@ class Preset:
             "keras": ("model.weights.h5", "model.weights.json"),
             "huggingface": ("model.safetensors", "model.safetensors.index.json"),
         }[self.format]
+        path = self.file(single)
+        if path is not None:  # before the index, as in KerasHub and transformers
+            return [path]
         shards = self.json(index)
-        names = {single} if shards is None else set()
-        for item in (shards or {}).get("weight_map", {}).values():
+        if shards is None:
+            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}")
+        weight_map, names = shards.get("weight_map"), []
+        require(isinstance(weight_map, dict), f"{self.name}/{index} has no map `weight_map`")
+        for item in weight_map.values():
             # Keras gives a list of files where a layer is spread over several.
-            names.update(item if isinstance(item, list) else [item])
-        names = sorted(names)
+            names += item if isinstance(item, list) else [item]
         for name in names:
-            require(pathlib.PurePath(name).name == name,
+            require(isinstance(name, str) and pathlib.PurePath(name).name == name,
                     f"{self.name}/{index} names {name!r}, which is not a file beside it")
+        names = sorted(set(names))
         paths = [self.file(name) for name in names]
         if None in paths:
             raise FileNotFoundError(f"preset {self.name!r} has no {names[paths.index(None)]}")
@@ -1062,8 +1077,8 @@ def load_weights_from(preset, backbone):
     named_arrays = backbone.keras_variables if keras else backbone.huggingface_tensors
     floats = ("float64", "float32", "float16", "bfloat16")
     with contextlib.ExitStack() as stack:
-        found = {}
-        for path in preset.weight_files():
+        found, paths = {}, preset.weight_files()
+        for path in paths:
             try:
                 found.update(open_file(path, stack))
             except Exception as error:  # h5py and safetensors each raise their own
@@ -1071,7 +1086,7 @@ def load_weights_from(preset, backbone):
         # Everything is checked before memory is taken.
         expected = dict(named_arrays(backbone.weight_shapes()))
         for name, array in expected.items():
-            require(name in found, f"preset {preset.name!r} lacks the tensor {name}")
+            require(name in found, f"{', '.join(map(str, paths))}: there is no tensor {name}")
             path, shape, dtype, _ = found[name]
             require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
             require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
@@ -1639,9 +1654,10 @@ class TopPSampler(Sampler):
     def get_next_token(self, probabilities):
         """See `Sampler`."""
         best, tokens = top_k(probabilities, self.k or probabilities.shape[-1])
-        before = best.cumsum(axis=-1) - best  # the probability of all better tokens
-        before[:, 0] = 0
-        return take_per_row(tokens, self.draw(best * (before <= self.p)))
+        kept = best.cumsum(axis=-1) <= self.p
+        kept[:, 1:] = kept[:, :-1].copy()  # the token that exceeds p stays, too
+        kept[:, 0] = True
+        return take_per_row(tokens, self.draw(best * kept))
 
 
 class BeamSampler(Sampler):
