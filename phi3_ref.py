@@ -82,7 +82,7 @@ def load_backend(backend):
     return cupy
 
 
-def wide(x):
+def upcast(x):
     """Return `x` in the dtype in which sums run: float64 if it has it, else float32."""
     return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
@@ -92,7 +92,7 @@ def matmul(a, b):
 
     NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one.
     """
-    return (wide(a) @ wide(b)).astype(a.dtype, copy=False)
+    return (upcast(a) @ upcast(b)).astype(a.dtype, copy=False)
 
 
 def linear(x, weight):
@@ -107,10 +107,21 @@ def linear(x, weight):
     return product.reshape(*x.shape[:-1], len(weight))
 
 
+def has_kernel(x):
+    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, but not the oracle's."""
+    return get_array_module(x) is not np and x.dtype != np.float64
+
+
 def require(condition, message):
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_int(name, value, low=1, optional=False):
+    """Raise ValueError unless the argument `name` is an integer of at least `low`."""
+    require((optional and value is None) or (is_int(value) and value >= low),
+            f"`{name}` must be {'None or ' * optional}an integer >= {low}. Received: {value!r}")
 
 
 def is_int(value):
@@ -125,13 +136,13 @@ def is_number(value):
 
 def dtype_policy_name(dtype):
     """Return the name of a dtype policy given as a name, a dtype, or Keras's object or config."""
-    if isinstance(dtype, dict):
-        dtype = dtype.get("config", {}).get("name")
     name = "float32" if dtype is None else getattr(dtype, "name", dtype)
-    if not isinstance(name, str):
+    if isinstance(name, dict):
+        name = (name.get("config") or {}).get("name")
+    elif not isinstance(name, str):
         with contextlib.suppress(TypeError):
             name = np.dtype(name).name
-    require(name in DTYPE_POLICIES,
+    require(isinstance(name, str) and name in DTYPE_POLICIES,
             f"`dtype` must be one of {list(DTYPE_POLICIES)}. Received: {dtype!r}")
     return name
 
@@ -139,7 +150,7 @@ def dtype_policy_name(dtype):
 # ---- The layers, as pure functions ---------------------------------------------------------------
 
 
-def rms_norm(x, scale, epsilon):
+def textbook_rms_norm(x, scale, epsilon):
     """Divide each vector by its root mean square, then scale its components.
 
     Args:
@@ -153,9 +164,18 @@ def rms_norm(x, scale, epsilon):
 
     Source: https://arxiv.org/abs/1910.07467; KerasHub's `Phi3LayerNorm`.
     """
-    wide_x = wide(x)
-    mean_square = (wide_x * wide_x).mean(axis=-1, keepdims=True)
-    return (wide_x / (mean_square + epsilon) ** 0.5 * wide(scale)).astype(x.dtype, copy=False)
+    x32 = upcast(x)
+    mean_square = (x32 * x32).mean(axis=-1, keepdims=True)
+    return (x32 / (mean_square + epsilon) ** 0.5 * upcast(scale)).astype(x.dtype, copy=False)
+
+
+def rms_norm(x, scale, epsilon):
+    """Compute `textbook_rms_norm`, on a GPU in one pass over memory."""
+    if has_kernel(x):
+        import kernels_cuda
+
+        return kernels_cuda.rms_norm(x, scale, epsilon)
+    return textbook_rms_norm(x, scale, epsilon)
 
 
 def rotary_tables(positions, rotary_dim, max_wavelength, factors=1.0, magnitude=1.0):
@@ -212,21 +232,22 @@ def rotary_embedding(x, cos, sin):
     return get_array_module(x).concatenate(rotated, axis=-1)
 
 
-def softmax(scores, visible=True):
+def softmax(scores, visible=None):
     """Return the softmax of `scores` over the last axis; a row that sees nothing gives zeros.
 
     Args:
         scores: [..., T], float32 or float64.
-        visible: bool, broadcast to `scores`; what is not visible gets probability zero.
+        visible: bool, broadcast to `scores`, or None; what is not visible gets probability zero.
 
     Returns:
         Like `scores`. (KerasHub's fused path averages all values where nothing is visible.)
     """
     xp = get_array_module(scores)
-    scores = xp.where(visible, scores, -math.inf)
-    peak = scores.max(axis=-1, keepdims=True)
-    # exp(x - peak) cannot overflow. Where nothing is visible, peak is -inf and exp(-inf - 0) is 0.
-    exponentials = xp.exp(scores - xp.where(peak == -math.inf, 0, peak))
+    if visible is not None:
+        scores = xp.where(visible, scores, -math.inf)
+    row_max = scores.max(axis=-1, keepdims=True)
+    # exp(x - max) cannot overflow. Where nothing is visible, max is -inf and exp(-inf - 0) is 0.
+    exponentials = xp.exp(scores - xp.where(row_max == -math.inf, 0, row_max))
     total = exponentials.sum(axis=-1, keepdims=True)
     return exponentials / xp.where(total == 0, 1, total)
 
@@ -263,7 +284,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
         query: [B, S, H, C]; the queries are the last S of the T positions.
         key: [B, T, K, C]; query head h reads key/value head h // G.
         value: [B, T, K, C].
-        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
+        padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
         sliding_window: int or None; see `visible_keys`.
         tap: called with "scores" and "probabilities", each [B, H, S, T].
 
@@ -280,12 +301,12 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
     key = key.transpose(0, 2, 3, 1)[:, :, None]  # [B, K, 1, C, T]
     value = value.transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, T, C]
 
-    scores = matmul(query, key) * query.dtype.type(C**-0.5)  # [B, K, G, S, T]
+    scores = matmul(query, key) * xp.asarray(C**-0.5, query.dtype)  # [B, K, G, S, T]
     scores = tap("scores", scores.reshape(B, H, S, T))
     visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window)  # [S, T]
     if padding_mask is not None:
         visible = visible & padding_mask.astype(bool)[:, None, None, :]  # [B, 1, S, T]
-    probabilities = softmax(wide(scores), visible).astype(query.dtype, copy=False)
+    probabilities = softmax(upcast(scores), visible).astype(query.dtype, copy=False)
     probabilities = tap("probabilities", probabilities)
     context = matmul(probabilities.reshape(B, K, H // K, S, T), value)  # [B, K, G, S, C]
     return context.transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
@@ -298,15 +319,35 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     not with S x T, and about half of the products are never computed. Inside a block everything is
     float32 (float64 for the oracle), rounded once at the end.
 
-    Args and Returns: those of `textbook_attention`, without `tap`.
+    Args:
+        query: [B, S, H, C]; the queries are the last S of the T positions.
+        key: [B, T, K, C]; query head h reads key/value head h // G.
+        value: [B, T, K, C].
+        padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
+        sliding_window: int or None; see `visible_keys`.
+
+    Returns:
+        [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
+
+    Raises:
+        ValueError: the heads or the positions do not fit together.
+
+    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea.
     """
+    require(query.shape[2] % key.shape[2] == 0 and query.shape[1] <= key.shape[1],
+            "`key`'s heads must divide `query`'s, and its positions include them. "
+            f"Received: query {query.shape}, key {key.shape}")
+    if has_kernel(query):
+        import kernels_cuda
+
+        return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
     xp = get_array_module(query)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
     block, G = 128, H // K
     context = xp.empty((B, S, H, C), query.dtype)
     for b, k in np.ndindex(B, K):
-        heads = slice(k * G, (k + 1) * G)
-        keys, values = wide(key[b, :, k]), wide(value[b, :, k])  # [T, C]
+        group = slice(k * G, (k + 1) * G)  # the query heads that share key/value head k
+        keys, values = upcast(key[b, :, k]), upcast(value[b, :, k])  # [T, C]
         for start in range(0, S, block):
             stop = min(start + block, S)
             # The block's queries, [s], are the last of the positions [first, last).
@@ -316,18 +357,18 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
             visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
             if padding_mask is not None:
                 visible = visible & padding_mask[b, first:last].astype(bool)
-            rows = wide(query[b, start:stop, heads]).transpose(1, 0, 2)  # [G, s, C]
+            rows = upcast(query[b, start:stop, group]).transpose(1, 0, 2)  # [G, s, C]
             scores = (rows * C**-0.5) @ keys[first:last].T  # [G, s, t]
-            mixed = softmax(scores, visible) @ values[first:last]  # [G, s, C]
-            context[b, start:stop, heads] = mixed.transpose(1, 0, 2)
+            block_context = softmax(scores, visible) @ values[first:last]  # [G, s, C]
+            context[b, start:stop, group] = block_context.transpose(1, 0, 2)
     return context
 
 
 def silu(x):
     """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
-    wide_x = wide(x)
+    x32 = upcast(x)
     with np.errstate(over="ignore"):  # exp(-x) = inf gives -0, which is the limit
-        return (wide_x / (1 + get_array_module(x).exp(-wide_x))).astype(x.dtype, copy=False)
+        return (x32 / (1 + get_array_module(x).exp(-x32))).astype(x.dtype, copy=False)
 
 
 def dropout(x, rate, rng):
@@ -335,12 +376,12 @@ def dropout(x, rate, rng):
     if rate == 0:
         return x
     keep = rng.random(x.shape, dtype=np.float32) >= rate
-    return (wide(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
+    return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
 
 
 def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attention_layernorm,
                   feedforward_gate_intermediate, feedforward_output, *,
-                  num_key_value_heads, head_dim, epsilon, rotary, attend, drop, tap):
+                  num_key_value_heads, head_dim, rotary, norm, attend, drop, tap):
     """One transformer layer: attention, then a gated feed-forward network, each on a residual.
 
     Args:
@@ -353,8 +394,8 @@ def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attent
         feedforward_output: [D, F].
         num_key_value_heads: int, K.
         head_dim: int, C.
-        epsilon: float, the norms'.
         rotary: (cos, sin) of the S positions; see `rotary_tables`.
+        norm: function (x, scale) -> like x, RMSNorm.
         attend: function (query, rotated key, value) -> context [B, S, H, C], which may put keys
             and values into a cache.
         drop: function that applies dropout.
@@ -368,22 +409,23 @@ def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attent
     B, S, _ = x.shape
     K = num_key_value_heads
 
-    normed = tap("pre_attention_layernorm", rms_norm(x, pre_attention_layernorm, epsilon))
-    heads = linear(normed, qkv).reshape(B, S, len(qkv) // head_dim, head_dim)  # [B, S, H + 2K, C]
-    query = tap("attention.query", heads[:, :, : -2 * K])
-    key = tap("attention.key", heads[:, :, -2 * K : -K])
-    value = tap("attention.value", heads[:, :, -K:])
+    normed = tap("pre_attention_layernorm", norm(x, pre_attention_layernorm))
+    all_heads = linear(normed, qkv)  # [B, S, (H + 2K)C]
+    all_heads = all_heads.reshape(B, S, len(qkv) // head_dim, head_dim)  # [B, S, H + 2K, C]
+    query = tap("attention.query", all_heads[:, :, : -2 * K])
+    key = tap("attention.key", all_heads[:, :, -2 * K : -K])
+    value = tap("attention.value", all_heads[:, :, -K:])
     query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
     key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
     context = tap("attention.context", attend(query, key, value))  # [B, S, H, C]
     output = linear(drop(context).reshape(B, S, attention_output.shape[1]), attention_output)
     x = tap("attention_residual", x + drop(tap("attention_output", output)))
 
-    normed = tap("post_attention_layernorm", rms_norm(x, post_attention_layernorm, epsilon))
-    both = linear(normed, feedforward_gate_intermediate)  # [B, S, 2F]
-    F = both.shape[-1] // 2
-    gate = tap("feedforward_gate", both[..., :F])
-    intermediate = tap("feedforward_intermediate", both[..., F:])
+    normed = tap("post_attention_layernorm", norm(x, post_attention_layernorm))
+    gate_intermediate = linear(normed, feedforward_gate_intermediate)  # [B, S, 2F]
+    F = gate_intermediate.shape[-1] // 2
+    gate = tap("feedforward_gate", gate_intermediate[..., :F])
+    intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
     output = linear(silu(gate) * intermediate, feedforward_output)
     return x + drop(tap("feedforward_output", output))
 
@@ -454,7 +496,7 @@ class Phi3Backbone(Backbone):
         trainable: bool, kept for Keras's sake.
         backend: "numpy" or "cupy", where the weights live and the model computes.
         seed: int or None, for random weights and dropout.
-        fused: bool; False runs `textbook_attention`, score matrix and all.
+        fused: bool; False runs the textbook functions, score matrix and all, and no CUDA kernels.
         head_dim: int, C, where it is not D // H.
         partial_rotary_factor: float in (0, 1], the share of C that RoPE rotates.
         sliding_window: int or None; see `visible_keys`.
@@ -486,48 +528,48 @@ class Phi3Backbone(Backbone):
         head_dim=None, partial_rotary_factor=1.0, sliding_window=None, tie_word_embeddings=False,
         rope_attention_factor=None,
     ):
-        # Every argument becomes an attribute of its name.
-        vars(self).update({key: value for key, value in locals().items() if key != "self"})
-        for key in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim",
-                    "num_query_heads", "num_key_value_heads", "max_sequence_length",
-                    "pretraining_sequence_length", "head_dim", "sliding_window"):
-            value = getattr(self, key)
-            optional = key in ("head_dim", "sliding_window")
-            require((optional and value is None) or (is_int(value) and value > 0),
-                    f"`{key}` must be a positive integer. Received: {value!r}")
-        for key, valid, range_ in (
+        arguments = dict(locals())
+        del arguments["self"]
+        for name, value in arguments.items():  # each becomes an attribute of its name
+            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        for name in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim",
+                     "num_query_heads", "num_key_value_heads", "max_sequence_length",
+                     "pretraining_sequence_length"):
+            require_int(name, getattr(self, name))
+        for name in ("head_dim", "sliding_window"):
+            require_int(name, getattr(self, name), optional=True)
+        require_int("seed", seed, low=0, optional=True)
+        for name, valid, interval in (
             ("layer_norm_epsilon", lambda value: value >= 0, "[0, inf)"),
             ("dropout", lambda value: 0 <= value < 1, "[0, 1)"),
             ("rope_max_wavelength", lambda value: value >= 1, "[1, inf)"),
             ("partial_rotary_factor", lambda value: 0 < value <= 1, "(0, 1]"),
             ("rope_attention_factor", lambda value: value > 0, "(0, inf)"),
         ):
-            value = getattr(self, key)
-            optional = key == "rope_attention_factor"
+            value = getattr(self, name)
+            optional = name == "rope_attention_factor"
             require((optional and value is None) or (is_number(value) and valid(value)),
-                    f"`{key}` must be a number in {range_}. Received: {value!r}")
+                    f"`{name}` must be a number in {interval}. Received: {value!r}")
         require(num_query_heads % num_key_value_heads == 0,
                 f"`num_key_value_heads` ({num_key_value_heads}) must divide "
                 f"`num_query_heads` ({num_query_heads}).")
         require(head_dim or hidden_dim % num_query_heads == 0,
                 f"`num_query_heads` ({num_query_heads}) must divide `hidden_dim` ({hidden_dim}).")
-        self.head_dim = head_dim or hidden_dim // num_query_heads
-        self.rotary_dim = int(self.head_dim * partial_rotary_factor)
+        self.head_dim = self.head_dim or self.hidden_dim // self.num_query_heads
+        self.rotary_dim = int(self.head_dim * self.partial_rotary_factor)
         require(self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
                 "RoPE rotates pairs: `head_dim` times `partial_rotary_factor` must be even. "
                 f"Received: {self.head_dim} and {partial_rotary_factor}")
         require(rope_scaling_type in (None, "su"),
                 f'`rope_scaling_type` must be None or "su". Received: {rope_scaling_type!r}')
         if rope_scaling_type == "su":
-            require(pretraining_sequence_length > 1, "`pretraining_sequence_length` must be > 1.")
-            for key in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
-                factors = getattr(self, key)
+            require_int("pretraining_sequence_length", pretraining_sequence_length, low=2)
+            for name in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
+                factors = getattr(self, name)
                 require(isinstance(factors, (list, tuple)) and len(factors) == self.rotary_dim // 2
                         and all(is_number(factor) and factor > 0 for factor in factors),
-                        f"`{key}` must be a list of {self.rotary_dim // 2} positive numbers, one "
+                        f"`{name}` must be a list of {self.rotary_dim // 2} positive numbers, one "
                         f"for each pair that RoPE rotates. Received: {factors!r}")
-        require(seed is None or (is_int(seed) and seed >= 0),
-                f"`seed` must be a non-negative integer or None. Received: {seed!r}")
         self.dtype_policy = dtype_policy_name(dtype)
         self.weight_dtype, self.compute_dtype = map(np.dtype, DTYPE_POLICIES[self.dtype_policy])
         self.xp = load_backend(backend)
@@ -541,8 +583,8 @@ class Phi3Backbone(Backbone):
         """Compute the hidden states of a batch of sequences.
 
         Args:
-            inputs: dict of "token_ids" [B, S], int, and "padding_mask" [B, S], bool or 0/1, which
-                may be left out (all ones).
+            inputs: dict of "token_ids" [B, S], int, and "padding_mask" [B, S], 1 for a token and 0
+                for padding, which may be left out (all ones).
             training: bool; True applies dropout.
             tap: None, or a function (name, array) -> array that is called with every named
                 intermediate; what it returns is used instead. Names are Keras's layer paths, such
@@ -567,9 +609,12 @@ class Phi3Backbone(Backbone):
                 f"The sequence outgrows max_sequence_length={self.max_sequence_length}.",
                 stacklevel=3,
             )
-        rotary = self.rotary_tables(start, end)
+        rotary = self.rotary_of(start, end)
         rate = self.dropout if training else 0.0
         drop = functools.partial(dropout, rate=rate, rng=self.dropout_rng)
+        norm = functools.partial(
+            rms_norm if self.fused else textbook_rms_norm, epsilon=self.layer_norm_epsilon
+        )
         tap = tap or no_tap
 
         x = tap("token_embedding", self.token_embedding(token_ids))  # [B, S, D]
@@ -578,14 +623,14 @@ class Phi3Backbone(Backbone):
             x = decoder_layer(
                 x, **{name: self.autocast(weight) for name, weight in weights.items()},
                 num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim,
-                epsilon=self.layer_norm_epsilon, rotary=rotary, drop=drop, tap=layer_tap,
+                rotary=rotary, norm=norm, drop=drop, tap=layer_tap,
                 attend=functools.partial(self.attend, i, cache, padding_mask, layer_tap),
             )
             x = tap(f"transformer_layer_{i}", x)
         if cache is not None:
             cache.length = end
         scale = self.autocast(self.weights["sequence_output_layernorm"])
-        return tap("sequence_output_layernorm", rms_norm(x, scale, self.layer_norm_epsilon))
+        return tap("sequence_output_layernorm", norm(x, scale))
 
     def attend(self, layer, cache, padding_mask, tap, query, key, value):
         """Attend to the new keys and values [B, S, K, C] and, with a cache, to those before."""
@@ -618,7 +663,7 @@ class Phi3Backbone(Backbone):
         """Say whether a sequence of `length` positions takes su scaling's long factors."""
         return self.rope_scaling_type == "su" and length > self.pretraining_sequence_length
 
-    def rotary_tables(self, start, end):
+    def rotary_of(self, start, end):
         """Return (cos, sin) of the positions [start, end), each [S, 1, R / 2]; compute dtype."""
         dtype = np.float64 if self.compute_dtype == np.float64 else np.float32
         factors, magnitude = 1.0, 1.0
@@ -756,11 +801,12 @@ class Phi3Backbone(Backbone):
         require(len(weights) == len(views),
                 f"`weights` must have {len(views)} arrays. Received: {len(weights)}")
         for (path, view), weight in zip(views, weights, strict=True):
-            require(np.shape(weight) == view.shape,
-                    f"{path} must be {view.shape}. Received: {np.shape(weight)}")
-            view[...] = self.xp.asarray(weight)
+            weight = self.xp.asarray(weight)
+            require(weight.shape == view.shape,
+                    f"{path} must be {view.shape}. Received: {weight.shape}")
+            view[...] = weight
         if self.tie_word_embeddings:
-            require(np.array_equal(np.transpose(weights[1]), weights[0]),
+            require(np.array_equal(to_numpy(weights[1]).T, to_numpy(weights[0])),
                     "With `tie_word_embeddings`, weights[1] must be weights[0] transposed.")
         self.weights = ours
 
@@ -896,9 +942,11 @@ class Preset:
 
             try:
                 return pathlib.Path(huggingface_hub.hf_hub_download(self.handle, name))
-            except LocalEntryNotFoundError:  # offline, and not in the cache
-                raise
-            except EntryNotFoundError:
+            except EntryNotFoundError as error:
+                # Offline, only what the cache knows to be missing is missing.
+                offline = isinstance(error, LocalEntryNotFoundError)
+                if offline and huggingface_hub.try_to_load_from_cache(self.handle, name) is None:
+                    raise
                 return None
         path = pathlib.Path(self.handle, name)
         return path if path.is_file() else None
@@ -1039,8 +1087,8 @@ def open_hdf5(path, stack):
     return found
 
 
-def open_safetensors(path, stack):
-    """Return {name: StoredTensor} of a safetensors file; nothing stays open for `stack`."""
+def open_safetensors(path, _):
+    """Return {name: StoredTensor} of a safetensors file, which is closed again."""
     import safetensors
 
     with safetensors.safe_open(path, framework="numpy"):
@@ -1076,6 +1124,8 @@ def load_weights_from(preset, backbone):
     open_file = open_hdf5 if keras else open_safetensors
     named_arrays = backbone.keras_variables if keras else backbone.huggingface_tensors
     floats = ("float64", "float32", "float16", "bfloat16")
+    require(not (keras and backbone.tie_word_embeddings),
+            "Keras's format holds two embeddings: `tie_word_embeddings` must be False.")
     with contextlib.ExitStack() as stack:
         found, paths = {}, preset.weight_files()
         for path in paths:
@@ -1524,6 +1574,7 @@ class Phi3CausalLMPreprocessor:
             y: int32, like `token_ids`: at each position, the token that follows.
             sample_weight: bool, like `y`: False where none follows.
         """
+        require_int("sequence_length", sequence_length, optional=True)
         length = sequence_length or self.sequence_length
         token_ids, padding_mask = self.pack(x, length + 1, self.add_end_token)
         x = {"token_ids": token_ids[..., :-1], "padding_mask": padding_mask[..., :-1]}
@@ -1531,6 +1582,7 @@ class Phi3CausalLMPreprocessor:
 
     def generate_preprocess(self, x, sequence_length=None):
         """Return prompts as `__call__` does, but without end token and labels."""
+        require_int("sequence_length", sequence_length, optional=True)
         token_ids, padding_mask = self.pack(x, sequence_length or self.sequence_length, False)
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
@@ -1543,8 +1595,8 @@ class Phi3CausalLMPreprocessor:
         Returns:
             list of B str, or str.
         """
-        token_ids = np.asarray(x["token_ids"])
-        visible = np.asarray(x["padding_mask"], bool)
+        token_ids = to_numpy(x["token_ids"])
+        visible = to_numpy(x["padding_mask"]).astype(bool)
         visible = visible & ~np.isin(token_ids, self.tokenizer.special_token_ids)
         if token_ids.ndim == 1:
             return self.tokenizer.detokenize(token_ids[visible])
@@ -1595,17 +1647,25 @@ class Sampler:
     def __init__(self, temperature=1.0, seed=None):
         require(is_number(temperature) and temperature > 0,
                 f"`temperature` must be a number > 0. Received: {temperature!r}")
-        require(seed is None or (is_int(seed) and seed >= 0),
-                f"`seed` must be a non-negative integer or None. Received: {seed!r}")
+        require_int("seed", seed, low=0, optional=True)
         self.temperature = temperature
         self.rng = np.random.default_rng(seed)
 
-    def draw(self, weights):
-        """Draw an index per row with probability proportional to `weights`, [B, N] -> [B]."""
+    def draw(self, weights, tokens):
+        """Draw one of `tokens` per row with probability proportional to `weights`.
+
+        Args:
+            weights: [B, N], float.
+            tokens: [B, N], int.
+
+        Returns:
+            [B], int.
+        """
         xp = get_array_module(weights)
         cumulative = weights.cumsum(axis=-1, dtype=np.float64)
         point = xp.asarray(self.rng.random((len(weights), 1))) * cumulative[:, -1:]
-        return (cumulative <= point).sum(axis=-1)
+        index = (cumulative <= point).sum(axis=-1, keepdims=True)
+        return xp.take_along_axis(tokens, index, axis=-1)[:, 0]
 
 
 class GreedySampler(Sampler):
@@ -1621,34 +1681,46 @@ class RandomSampler(Sampler):
 
     def get_next_token(self, probabilities):
         """See `Sampler`."""
-        return self.draw(probabilities)
+        xp = get_array_module(probabilities)
+        tokens = xp.broadcast_to(xp.arange(probabilities.shape[-1]), probabilities.shape)
+        return self.draw(probabilities, tokens)
 
 
 class TopKSampler(Sampler):
-    """Draw from the `k` most probable tokens."""
+    """Draw from the most probable tokens only.
+
+    Args:
+        k: int, how many.
+        **kwargs: those of `Sampler`.
+
+    Source: https://arxiv.org/abs/1805.04833.
+    """
 
     def __init__(self, k=5, **kwargs):
         super().__init__(**kwargs)
-        require(is_int(k) and k > 0, f"`k` must be a positive integer. Received: {k!r}")
+        require_int("k", k)
         self.k = k
 
     def get_next_token(self, probabilities):
         """See `Sampler`."""
-        best, tokens = top_k(probabilities, self.k)
-        return take_per_row(tokens, self.draw(best))
+        return self.draw(*top_k(probabilities, self.k))
 
 
 class TopPSampler(Sampler):
     """Draw from the fewest most probable tokens whose probabilities sum to more than `p`.
 
-    `k`, if given, cuts the candidates to the `k` most probable first.
+    Args:
+        p: float in [0, 1].
+        k: int or None; only the `k` most probable tokens are candidates.
+        **kwargs: those of `Sampler`.
+
+    Source: https://arxiv.org/abs/1904.09751.
     """
 
     def __init__(self, p=0.1, k=None, **kwargs):
         super().__init__(**kwargs)
         require(is_number(p) and 0 <= p <= 1, f"`p` must be in [0, 1]. Received: {p!r}")
-        require(k is None or (is_int(k) and k > 0),
-                f"`k` must be a positive integer or None. Received: {k!r}")
+        require_int("k", k, optional=True)
         self.p, self.k = p, k
 
     def get_next_token(self, probabilities):
@@ -1657,16 +1729,20 @@ class TopPSampler(Sampler):
         kept = best.cumsum(axis=-1) <= self.p
         kept[:, 1:] = kept[:, :-1].copy()  # the token that exceeds p stays, too
         kept[:, 0] = True
-        return take_per_row(tokens, self.draw(best * kept))
+        return self.draw(best * kept, tokens)
 
 
 class BeamSampler(Sampler):
-    """Keep the `num_beams` most probable continuations of each prompt; return the best."""
+    """Keep the most probable continuations of each prompt; return the best.
+
+    Args:
+        num_beams: int, how many.
+        **kwargs: those of `Sampler`.
+    """
 
     def __init__(self, num_beams=5, **kwargs):
         super().__init__(**kwargs)
-        require(is_int(num_beams) and num_beams > 0,
-                f"`num_beams` must be a positive integer. Received: {num_beams!r}")
+        require_int("num_beams", num_beams)
         self.num_beams = num_beams
 
 
@@ -1684,11 +1760,6 @@ def top_k(values, k):
     xp = get_array_module(values)
     order = xp.argsort(-values, axis=-1, kind="stable")[:, :k]
     return xp.take_along_axis(values, order, axis=-1), order
-
-
-def take_per_row(values, index):
-    """Return `values[b, index[b]]` for every row b; [B, N] and [B] -> [B]."""
-    return get_array_module(values).take_along_axis(values, index[:, None], axis=-1)[:, 0]
 
 
 class Phi3CausalLM:
@@ -1722,10 +1793,17 @@ class Phi3CausalLM:
             self.preprocessor.save_to_preset(directory)
 
     def compile(self, sampler="top_k"):
-        """Choose how `generate` picks tokens: a key of `SAMPLERS`, or an object like `Sampler`."""
+        """Choose how `generate` picks tokens.
+
+        Args:
+            sampler: a key of `SAMPLERS`, or a Sampler.
+
+        Raises:
+            ValueError: it is neither.
+        """
         if isinstance(sampler, str) and sampler in SAMPLERS:
             sampler = SAMPLERS[sampler]()
-        require(isinstance(sampler, BeamSampler) or hasattr(sampler, "get_next_token"),
+        require(isinstance(sampler, Sampler),
                 f"`sampler` must be one of {list(SAMPLERS)} or a Sampler. Received: {sampler!r}")
         self.sampler = sampler
 
@@ -1793,14 +1871,13 @@ class Phi3CausalLM:
         token_ids, prompt_mask = self.prepare(prompt, max_length)
         stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
         tokens = (int(tokens[0]) for tokens in self.steps(token_ids, prompt_mask, stop_token_ids))
-        hidden = {*(stop_token_ids or ()), *self.preprocessor.tokenizer.special_token_ids}
-        visible = (token for token in tokens if token not in hidden)
-        return self.preprocessor.tokenizer.detokenize_stream(visible)
+        unprinted = {*(stop_token_ids or ()), *self.preprocessor.tokenizer.special_token_ids}
+        printed = (token for token in tokens if token not in unprinted)
+        return self.preprocessor.tokenizer.detokenize_stream(printed)
 
     def prepare(self, inputs, max_length):
         """Return `generate`'s inputs as token ids and prompt mask, host arrays [B, max_length]."""
-        require(max_length is None or (is_int(max_length) and max_length > 0),
-                f"`max_length` must be a positive integer or None. Received: {max_length!r}")
+        require_int("max_length", max_length, optional=True)
         if not isinstance(inputs, dict):
             require(self.preprocessor is not None,
                     "Strings need a preprocessor, and this model has none: pass a dict.")
@@ -1826,16 +1903,13 @@ class Phi3CausalLM:
             require(self.preprocessor is not None,
                     '`stop_token_ids="auto"` needs a preprocessor, and this model has none: '
                     "pass None or the token ids.")
-            tokenizer = self.preprocessor.tokenizer
-            end_of_turn = tokenizer.token_to_id("<|end|>")
-            # An unknown token's id is 0.
-            return [tokenizer.end_token_id] + [end_of_turn] * (end_of_turn != 0)
+            ids = self.preprocessor.tokenizer.ids
+            return [ids[token] for token in (END_TOKEN, "<|end|>") if token in ids]
         if stop_token_ids is None:
             return None
-        stop_token_ids = list(stop_token_ids)
-        require(all(is_int(token) for token in stop_token_ids),
-                f"`stop_token_ids` must be integers. Received: {stop_token_ids}")
-        return stop_token_ids
+        require(isinstance(stop_token_ids, (list, tuple)) and all(map(is_int, stop_token_ids)),
+                f'`stop_token_ids` must be "auto", None or ints. Received: {stop_token_ids!r}')
+        return list(stop_token_ids)
 
     def next_logits(self, token_ids, index, cache):
         """Return the logits [B, V] for position `index`, and the cache of all positions before it.
@@ -1846,10 +1920,10 @@ class Phi3CausalLM:
         by the buffer's length for the prompt, and never changes while it decodes.)
         """
         backbone = self.backbone
-        if cache is None or (
-            backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length)
-        ):
+        if cache is None:
             cache = KVCache(backbone, *token_ids.shape)
+        elif backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length):
+            cache.length = 0
         new_ids = backbone.xp.asarray(token_ids[:, cache.length : index])  # [B, S]
         hidden_states = backbone.forward(new_ids, cache=cache)  # [B, S, D]
         logits = backbone.token_embedding(hidden_states[:, -1:], reverse=True)  # [B, 1, V]
@@ -1857,7 +1931,7 @@ class Phi3CausalLM:
 
     def probabilities(self, logits):
         """Return the softmax of `logits` / temperature over the last axis, in float32."""
-        return softmax(wide(logits) / self.sampler.temperature)
+        return softmax(upcast(logits) / self.sampler.temperature)
 
     def steps(self, token_ids, prompt_mask, stop_token_ids):
         """Fill `token_ids` [B, max_length] in place, yielding each position's tokens [B]."""
@@ -1940,7 +2014,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)  # as a shell reports an interrupt
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         parser.exit(2, f"phi3_ref.py: {error}\n")
 
 
