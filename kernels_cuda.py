@@ -1,0 +1,921 @@
+"""Raw CUDA kernels for Phi-3's RMSNorm and attention, and the functions that launch them.
+
+`rms_norm` and `attention` have the signatures and the meaning of phi3_ref's, on CuPy arrays in
+float32, float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a comment that
+gives its algorithm, its tiling, and what limits it; they are compiled when they are first used.
+
+Legend, as in phi3_ref: B batch, S query positions, T key positions, H query heads, K key/value
+heads, G = H // K, C head_dim, D hidden_dim. The S queries are the last S of the T positions.
+
+A GPU in five terms. A *kernel* is a function run by many *threads*. 32 threads are a *warp*, which
+issues one instruction for all of them. A *block* is up to 1024 threads of one multiprocessor that
+can wait for each other (`__syncthreads`) and that own some KB of *shared* memory, about as fast as
+a cache; registers are faster still and a thread's own. *Global* memory is the large and slow one:
+it is read in segments of 32 bytes, so neighbouring threads should read neighbouring bytes, 16 each.
+
+Every sum has a fixed order (no atomics): the same input gives the same bits.
+
+References:
+
+    FlashAttention-2  Dao 2023, https://arxiv.org/abs/2307.08691
+    online softmax    Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
+    split keys        Dao et al. 2023 (Flash-Decoding), https://pytorch.org/blog/flash-decoding
+    PTX instructions  https://docs.nvidia.com/cuda/parallel-thread-execution
+"""
+
+import functools
+import math
+
+import numpy as np
+
+try:
+    import cupy as array_module
+except ImportError:  # `rms_norm` and `attention` say what to install
+    array_module = None
+
+# ---- Instructions of the GPU that C++ has no word for --------------------------------------------
+
+# All of the assembly in this file: tests replace this one string by plain C++ and run the kernels
+# on the CPU. Below sm_80 there is no cp.async (a plain copy stands in) and no mma of this shape:
+# the launchers do not ask for the kernel that uses it.
+PRIMITIVES = r"""
+// D += A B on the tensor cores: A [16, 16] and B [16, 8] in 16 bits, D [16, 8] in float32, spread
+// over the registers of a warp. With g = lane / 4 and t = lane % 4, a lane holds
+//     A: a[0] row g, columns 2t and 2t + 1     a[1] row g + 8, the same columns
+//        a[2] row g, columns 2t + 8 and + 9    a[3] row g + 8, columns 2t + 8 and + 9
+//     B: b[0] rows 2t and 2t + 1, column g     b[1] rows 2t + 8 and 2t + 9, column g
+//     D: d[0], d[1] row g, columns 2t, 2t + 1  d[2], d[3] row g + 8, the same columns
+template <typename E> __device__ __forceinline__
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#if __CUDA_ARCH__ >= 800
+#define MMA(TYPE) asm volatile( \
+    "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 " \
+    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#else
+#define MMA(TYPE) __trap()
+#endif
+template <> __device__ __forceinline__ void mma_m16n8k16<__half>(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { MMA("f16"); }
+template <> __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { MMA("bf16"); }
+
+// Four 8 x 8 matrices of 16-bit elements, from shared memory to the layout that mma wants. Lane i
+// names row i % 8 (16 bytes) of matrix i / 8, and receives in r[m] the elements (lane / 4,
+// 2 (lane % 4)) and the one to its right of matrix m; `_trans` transposes each matrix first.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(shared_row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(shared_row)) : "memory");
+}
+
+// Begin to copy 16 bytes from global to shared memory, past the registers; zeros if not `valid`.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global),
+                    "r"(valid ? 16 : 0) : "memory");
+#else
+    *(uint4*)shared = valid ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+// The copies begun since the last commit become one group.
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Wait until at most the N youngest groups of this thread are under way.
+template <int N> __device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+#endif
+}
+
+// 2^x to about 2 units in the last place, in one instruction.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+"""
+
+# ---- What the kernels share ----------------------------------------------------------------------
+
+HEADER = r"""
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+using uint32_t = unsigned int;  // the run-time compiler has no <cstdint>
+""" + PRIMITIVES + r"""
+#define UNROLLED _Pragma("unroll")  // a loop of registers must have no loop left at run time
+
+// N elements that one instruction reads or writes; 16 bytes is the most it can.
+template <typename E, int N> struct alignas(N * sizeof(E)) Vector { E element[N]; };
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename E> __device__ __forceinline__ E from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+// Sum and maximum over the lanes whose numbers differ only in the bits FROM ... TO / 2 (<1, 8>: 8
+// neighbours), which all receive it: in each step, lanes `d` apart exchange what they have.
+template <int FROM, int TO> __device__ __forceinline__ float sum_over_lanes(float x) {
+    UNROLLED for (int d = FROM; d < TO; d *= 2) x += __shfl_xor_sync(0xffffffff, x, d);
+    return x;
+}
+template <int FROM, int TO> __device__ __forceinline__ float highest_over_lanes(float x) {
+    UNROLLED for (int d = FROM; d < TO; d *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, d));
+    return x;
+}
+"""
+
+ATTENTION_HEADER = HEADER + r"""
+// What every attention kernel is given. Strides count elements; the innermost one is 1. `scale` is
+// C^-0.5 log2(e), so that exp(score C^-0.5) is exp2(score scale). `mask` is [B, T], or unused.
+#define ATTENTION_INPUTS \
+    const E* __restrict__ query, const E* __restrict__ key, const E* __restrict__ value, \
+    const bool* __restrict__ mask, int has_mask, \
+    long long query_b, long long query_s, long long query_h, \
+    long long key_b, long long key_t, long long key_k, \
+    long long value_b, long long value_t, long long value_k, \
+    int S, int T, int H, int K, int C, int window, float scale
+
+// Online softmax. For the keys so far, a query keeps the highest score times `scale`, `peak`; the
+// sum `total` of its weights exp2(score scale - peak); and `mixed`, the values times their weights.
+// When a new key raises the peak, all old weights are too large by one factor, exp2(new - old), and
+// both sums `shrink`. What a query does not see has the score NOTHING, which always weighs 0.
+constexpr float NOTHING = -3.4e38f;
+struct Rescaling { float shift, shrink; };  // new weights are exp2(score scale - shift)
+
+__device__ __forceinline__ Rescaling raise_peak(float& peak, float highest) {
+    const float old = peak;
+    peak = fmaxf(old, highest);
+    const float shift = peak < -1e30f ? 0.0f : peak;  // before it has seen anything
+    return {shift, exp2_approx(old - shift)};
+}
+__device__ __forceinline__ float weight_of(float score, float scale, float shift) {
+    return exp2_approx(fmaf(score, scale, -shift));  // the product is not rounded
+}
+"""
+
+# ---- RMSNorm -------------------------------------------------------------------------------------
+
+RMS_NORM = HEADER + r"""
+// y = x / sqrt(mean(x^2) + epsilon) * scale, one block per row.
+//
+//     x:  | thread 0 | thread 1 | ... | thread n-1 | thread 0 | ...     N elements each
+//            item 0     item 0             item 0     item 1
+//
+// A thread reads ITEMS vectors before it uses the first, so that many reads are under way at once,
+// and keeps them in registers until the sum over the row is known. The sum: each thread over its
+// elements, each warp by exchanging registers, the block through shared memory.
+//
+// Per row: x is read once and y written once (`scale` stays in the caches), for 4 D operations:
+// about 1 operation per byte in 16 bits, where a GPU could do hundreds. The limit is the memory's
+// bandwidth. Only what exceeds the registers of 512 threads (N = 8: D > 16384) is read twice.
+template <typename E, int N>
+__device__ __forceinline__ float sum_of_squares(Vector<E, N> x) {
+    float sum = 0.0f;
+    UNROLLED for (int n = 0; n < N; n++) sum += to_float(x.element[n]) * to_float(x.element[n]);
+    return sum;
+}
+
+template <typename E, int N>
+__device__ __forceinline__ Vector<E, N> normalized(Vector<E, N> x, float inverse,
+                                                   Vector<E, N> scale) {
+    Vector<E, N> y;
+    UNROLLED for (int n = 0; n < N; n++)
+        y.element[n] = from_float<E>(to_float(x.element[n]) * inverse * to_float(scale.element[n]));
+    return y;
+}
+
+template <typename E, int N>
+__global__ void __launch_bounds__(512) rms_norm(
+    const E* __restrict__ x, const E* __restrict__ scale, E* __restrict__ y,
+    long long x_row, int D, float epsilon) {
+    constexpr int ITEMS = N == 1 ? 16 : 4;
+    const auto in = reinterpret_cast<const Vector<E, N>*>(x + blockIdx.x * x_row);
+    const auto weight = reinterpret_cast<const Vector<E, N>*>(scale);
+    const auto out = reinterpret_cast<Vector<E, N>*>(y + blockIdx.x * (long long)D);
+    const int count = D / N, threads = blockDim.x;
+
+    Vector<E, N> held[ITEMS], weights[ITEMS];
+    UNROLLED for (int item = 0; item < ITEMS; item++) {
+        const int i = threadIdx.x + item * threads;
+        if (i < count) held[item] = in[i];
+        if (i < count) weights[item] = weight[i];
+    }
+    float sum = 0.0f;
+    UNROLLED for (int item = 0; item < ITEMS; item++)
+        if (threadIdx.x + item * threads < count) sum += sum_of_squares(held[item]);
+    for (int i = threadIdx.x + ITEMS * threads; i < count; i += threads)
+        sum += sum_of_squares(in[i]);
+
+    __shared__ float warp_sum[16];
+    sum = sum_over_lanes<1, 32>(sum);
+    if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.0f;
+    for (int warp = 0; warp < threads / 32; warp++) sum += warp_sum[warp];
+    const float inverse = 1.0f / sqrtf(sum / D + epsilon);
+
+    UNROLLED for (int item = 0; item < ITEMS; item++) {
+        const int i = threadIdx.x + item * threads;
+        if (i < count) out[i] = normalized(held[item], inverse, weights[item]);
+    }
+    for (int i = threadIdx.x + ITEMS * threads; i < count; i += threads)
+        out[i] = normalized(in[i], inverse, weight[i]);
+}
+"""
+
+# ---- Attention, any head_dim: the simple kernel --------------------------------------------------
+
+ATTENTION_TILED = ATTENTION_HEADER + r"""
+// Attention in float32 on the CUDA cores, for any C, any strides and any GPU. One block takes 64
+// queries of one head and up to 128 of the output's columns; it walks over the keys in tiles of 64.
+//
+//                     keys 0..63   64..127   128..191
+//     queries  0..63  [ \       ]                        \ : the diagonal; right of it nothing is
+//     queries 64..127 [ visited ][ \      ]                  visible, and no tile is visited
+//
+// Scores and results are matrix products, done the classic way: 256 threads as 16 x 16, thread
+// (ty, tx) holds 4 x 4 scores (queries 4 ty + i, keys tx + 16 j) and 4 x 8 results (the same
+// queries, columns 4 tx + 64 j ...) in registers; operands pass through shared memory in slices.
+// Each value read from shared memory then serves 4 or 8 multiply-adds. A query's 64 scores lie in
+// 16 neighbouring lanes, so its maximum and sum take 4 exchanges; see `raise_peak` for the softmax.
+//
+// 4 C operations per visible (query, key) pair. A key and its value, 2 C elements, are read for 64
+// queries: 128 operations per element, more than enough for the memory to keep up. The limit is the
+// float32 units. (Columns beyond 128 compute the scores anew: C = 256 costs 1.5 times as much.)
+template <typename E>
+__global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, E* __restrict__ output) {
+    constexpr int TILE = 64, SLICE = 32, COLUMNS = 128, VALUES = 16;
+    using Four = Vector<float, 4>;
+    // 4 floats of padding per row: 8 rows then lie in 8 different groups of banks.
+    __shared__ __align__(16) float queries[TILE][SLICE + 4], keys[TILE][SLICE + 4];
+    __shared__ __align__(16) float weights[TILE][TILE + 4], values[VALUES][COLUMNS];
+
+    const int chunks = (C + COLUMNS - 1) / COLUMNS;
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest rows begin first
+    const int h = blockIdx.y / chunks, c0 = blockIdx.y % chunks * COLUMNS, b = blockIdx.z;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    query += b * query_b + h * query_h;
+    key += b * key_b + h / (H / K) * key_k;
+    value += b * value_b + h / (H / K) * value_k;
+    if (has_mask) mask += (long long)b * T;
+
+    const int offset = T - S;  // the position of query 0
+    const int end = offset + (q0 + TILE < S ? q0 + TILE : S);  // no query of the tile sees past it
+    const int first = offset + q0 - window + 1;
+    float peak[4] = {NOTHING, NOTHING, NOTHING, NOTHING}, total[4] = {}, mixed[4][8] = {};
+
+    for (int t0 = first > 0 ? first / TILE * TILE : 0; t0 < end; t0 += TILE) {
+        float score[4][4] = {};
+        for (int slice = 0; slice < C; slice += SLICE) {
+            __syncthreads();  // everyone is done with the slice before
+            for (int i = threadIdx.x; i < TILE * SLICE; i += 256) {
+                const int row = i / SLICE, c = slice + i % SLICE;
+                queries[row][i % SLICE] = q0 + row < S && c < C
+                    ? to_float(query[(q0 + row) * query_s + c]) : 0.0f;
+                keys[row][i % SLICE] = t0 + row < T && c < C
+                    ? to_float(key[(t0 + row) * key_t + c]) : 0.0f;
+            }
+            __syncthreads();
+            UNROLLED for (int c = 0; c < SLICE; c += 4) {
+                Four q[4], k[4];
+                UNROLLED for (int i = 0; i < 4; i++) {
+                    q[i] = *reinterpret_cast<const Four*>(&queries[4 * ty + i][c]);
+                    k[i] = *reinterpret_cast<const Four*>(&keys[tx + 16 * i][c]);
+                }
+                UNROLLED for (int i = 0; i < 4; i++)
+                    UNROLLED for (int j = 0; j < 4; j++)
+                        UNROLLED for (int e = 0; e < 4; e++)
+                            score[i][j] += q[i].element[e] * k[j].element[e];
+            }
+        }
+
+        UNROLLED for (int i = 0; i < 4; i++) {
+            const int position = offset + q0 + 4 * ty + i;
+            float highest = NOTHING;
+            UNROLLED for (int j = 0; j < 4; j++) {
+                const int t = t0 + tx + 16 * j;
+                if (t > position || position - t >= window || t >= T || (has_mask && !mask[t]))
+                    score[i][j] = NOTHING;
+                highest = fmaxf(highest, score[i][j]);
+            }
+            const Rescaling r = raise_peak(peak[i], highest_over_lanes<1, 16>(highest) * scale);
+            float sum = 0.0f;
+            UNROLLED for (int j = 0; j < 4; j++) {
+                const float weight = weight_of(score[i][j], scale, r.shift);
+                weights[4 * ty + i][tx + 16 * j] = weight;
+                sum += weight;
+            }
+            total[i] = total[i] * r.shrink + sum_over_lanes<1, 16>(sum);
+            UNROLLED for (int j = 0; j < 8; j++) mixed[i][j] *= r.shrink;
+        }
+
+        for (int part = 0; part < TILE; part += VALUES) {
+            __syncthreads();  // everyone has written its weights and is done with the part before
+            for (int i = threadIdx.x; i < VALUES * COLUMNS; i += 256) {
+                const int row = t0 + part + i / COLUMNS, c = c0 + i % COLUMNS;
+                values[i / COLUMNS][i % COLUMNS] =
+                    row < T && c < C ? to_float(value[row * value_t + c]) : 0.0f;
+            }
+            __syncthreads();
+            #pragma unroll 4
+            for (int t = 0; t < VALUES; t++) {
+                const Four v[2] = {*reinterpret_cast<const Four*>(&values[t][4 * tx]),
+                                   *reinterpret_cast<const Four*>(&values[t][4 * tx + 64])};
+                UNROLLED for (int i = 0; i < 4; i++) {
+                    const float weight = weights[4 * ty + i][part + t];
+                    UNROLLED for (int j = 0; j < 8; j++)
+                        mixed[i][j] += weight * v[j / 4].element[j % 4];
+                }
+            }
+        }
+    }
+
+    UNROLLED for (int i = 0; i < 4; i++) {
+        const int s = q0 + 4 * ty + i;
+        const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+        UNROLLED for (int j = 0; j < 8; j++) {
+            const int c = c0 + 4 * tx + j % 4 + j / 4 * 64;
+            if (s < S && c < C)
+                output[(((long long)b * S + s) * H + h) * C + c] =
+                    from_float<E>(mixed[i][j] * inverse);
+        }
+    }
+}
+"""
+
+# ---- Attention, many queries: the tensor cores ---------------------------------------------------
+
+ATTENTION_TENSOR_CORES = ATTENTION_HEADER + r"""
+// FlashAttention-2 for 16-bit types (sm_80 and newer). One block of 4 warps takes 64 or 128 queries
+// of one head; warp w owns 16 or 32 of them (M tiles of 16 rows) for all keys, so that no softmax
+// crosses a warp. The block walks over the visible keys in tiles:
+//
+//     keys and values ->  [tile 0][tile 1][tile 2] ...   two buffers: tile n + 1 is copied
+//               warp 0    [      ][      ][ \    ]       (cp.async) while tile n is used
+//     queries   warp 1    [      ][      ][    \ ]
+//               warp 2    [      ][      ][      ]\      tiles that nobody in the block sees are
+//               warp 3    [      ][      ][      ]  \    not read; a warp skips its own, too
+//
+// Per tile and warp: scores = Q K^T (mma, float32 in registers); mask where the tile crosses the
+// diagonal, the window or padding; online softmax, a row being spread over 4 lanes; then mixed +=
+// weights V (mma). The layout in which mma returns scores is the one in which it takes its left
+// operand, so weights never leave the registers. Tiles lie in shared memory with C padded by zeros
+// to C_PADDED and each row by 16 bytes: the 8 rows of an ldmatrix then hit different banks.
+//
+// 4 C operations per visible (query, key) pair, S^2 / 2 pairs per head where S = T. With 128
+// queries per block, the 256 C bytes of a tile serve 32768 C operations: 128 per byte, and the
+// blocks of one head find most of them in the L2 cache. The limit is the tensor cores, and what
+// keeps them waiting: one exp2 and about ten other instructions for every 4 C operations.
+//
+// Shared memory: (64 M + 4 KEYS) (C_PADDED + 8) 2 bytes, 80 KB at C = 96 and M = 2.
+template <typename E, int ROWS, int C_PADDED>
+__device__ __forceinline__ void copy_tile(E* tile, const E* source, long long stride, int rows,
+                                          int C) {
+    // 8 lanes read 128 neighbouring bytes of a row. What lies outside becomes zero.
+    const int row0 = threadIdx.x / 8, c0 = threadIdx.x % 8 * 8;
+    source += row0 * stride + c0;
+    tile += row0 * (C_PADDED + 8) + c0;
+    UNROLLED for (int i = 0; i < ROWS; i += 16) {
+        UNROLLED for (int j = 0; j < C_PADDED; j += 64)
+            if (c0 + j < C_PADDED)
+                cp_async_16(tile + i * (C_PADDED + 8) + j, source + j,
+                            row0 + i < rows && c0 + j < C);
+        source += 16 * stride;
+    }
+}
+
+__device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
+__device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+
+template <typename E, int C_PADDED, int M>
+__global__ void __launch_bounds__(128, 2) attention_tensor_cores(
+    ATTENTION_INPUTS, E* __restrict__ output) {
+    constexpr int KEYS = C_PADDED <= 128 ? 64 : 32, QUERIES = 64 * M, STRIDE = C_PADDED + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    E* queries = reinterpret_cast<E*>(shared);  // [QUERIES][STRIDE]
+    E* buffers = queries + QUERIES * STRIDE;    // [2][keys, values][KEYS][STRIDE]
+
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * QUERIES;  // the longest rows begin first
+    const int h = blockIdx.y, b = blockIdx.z, k = h / (H / K);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    query += b * query_b + h * query_h + q0 * query_s;
+    key += b * key_b + k * key_k;
+    value += b * value_b + k * value_k;
+    if (has_mask) mask += (long long)b * T;
+
+    const int offset = T - S;  // the position of query 0
+    const int end = offset + (q0 + QUERIES < S ? q0 + QUERIES : S);
+    const int from = offset + q0 - window + 1;
+    const int row0 = warp * 16 * M;  // the warp's queries: q0 + row0 ..., at positions lowest ...
+    const int lowest = offset + q0 + row0;
+    const int highest = (lowest + 16 * M < end ? lowest + 16 * M : end) - 1;
+
+    float peak[M][2], total[M][2] = {}, mixed[M][C_PADDED / 8][4] = {};  // [.][2]: rows g and g + 8
+    UNROLLED for (int m = 0; m < M; m++) peak[m][0] = peak[m][1] = NOTHING;
+
+    auto copy_keys_and_values = [&](int t0, int buffer) {
+        E* tile = buffers + buffer * 2 * KEYS * STRIDE;
+        copy_tile<E, KEYS, C_PADDED>(tile, key + t0 * key_t, key_t, T - t0, C);
+        copy_tile<E, KEYS, C_PADDED>(
+            tile + KEYS * STRIDE, value + t0 * value_t, value_t, T - t0, C);
+        cp_async_commit();
+    };
+    int t0 = from > 0 ? from / KEYS * KEYS : 0, buffer = 0;
+    copy_tile<E, QUERIES, C_PADDED>(queries, query, query_s, S - q0, C);
+    copy_keys_and_values(t0, buffer);
+
+    for (; t0 < end; t0 += KEYS, buffer ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there for everyone, and everyone has left the other one
+        if (t0 + KEYS < end) copy_keys_and_values(t0 + KEYS, buffer ^ 1);
+        if (t0 > highest || t0 + KEYS <= lowest - window + 1) continue;  // nothing for this warp
+        const E* keys = buffers + buffer * 2 * KEYS * STRIDE;
+        const E* values = keys + KEYS * STRIDE;
+
+        // scores [16 M, KEYS] = Q K^T, 16 columns of both at a time
+        float score[M][KEYS / 8][4] = {};
+        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+            uint32_t q[M][4];
+            UNROLLED for (int m = 0; m < M; m++)
+                ldmatrix_x4(q[m], queries + (row0 + 16 * m + lane % 16) * STRIDE
+                                  + c + lane / 16 * 8);
+            UNROLLED for (int n = 0; n < KEYS / 8; n += 2) {
+                uint32_t x[4];  // keys 8 n .. 8 n + 15, two right operands
+                ldmatrix_x4(x, keys + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
+                               + c + lane / 8 % 2 * 8);
+                const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+                UNROLLED for (int m = 0; m < M; m++) {
+                    mma_m16n8k16<E>(score[m][n], q[m], left);
+                    mma_m16n8k16<E>(score[m][n + 1], q[m], right);
+                }
+            }
+        }
+
+        // The padding of a tile's keys, as bits: bit i of seen[n] is key t0 + 32 n + i.
+        uint32_t seen[KEYS / 32];
+        bool partly = t0 + KEYS - 1 > lowest || t0 <= highest - window;
+        UNROLLED for (int n = 0; n < KEYS / 32; n++) {
+            const int position = t0 + 32 * n + lane;
+            seen[n] = has_mask
+                ? __ballot_sync(0xffffffff, position < T && mask[position]) : 0xffffffff;
+            partly = partly || seen[n] != 0xffffffff;
+        }
+        if (partly) {
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    UNROLLED for (int i = 0; i < 4; i++) {
+                        const int column = 8 * n + 2 * t + i % 2;
+                        const int distance = lowest + 16 * m + g + i / 2 * 8 - (t0 + column);
+                        if (distance < 0 || distance >= window
+                            || !(seen[n / 4] >> (column % 32) & 1))
+                            score[m][n][i] = NOTHING;
+                    }
+        }
+
+        // Online softmax: scores become weights. Lanes 4 g .. 4 g + 3 share the rows g and g + 8.
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int i = 0; i < 2; i++) {
+                float high = NOTHING;
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    high = fmaxf(high, fmaxf(score[m][n][2 * i], score[m][n][2 * i + 1]));
+                const Rescaling r = raise_peak(peak[m][i], highest_over_lanes<1, 4>(high) * scale);
+                float sum = 0.0f;  // of this lane's columns; lanes are added after the last tile
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    UNROLLED for (int e = 2 * i; e < 2 * i + 2; e++) {
+                        score[m][n][e] = weight_of(score[m][n][e], scale, r.shift);
+                        sum += score[m][n][e];
+                    }
+                total[m][i] = total[m][i] * r.shrink + sum;
+                UNROLLED for (int n = 0; n < C_PADDED / 8; n++) {
+                    mixed[m][n][2 * i] *= r.shrink;
+                    mixed[m][n][2 * i + 1] *= r.shrink;
+                }
+            }
+
+        // mixed [16 M, C] += weights V, 16 keys at a time
+        UNROLLED for (int n = 0; n < KEYS / 8; n += 2) {
+            uint32_t p[M][4];
+            UNROLLED for (int m = 0; m < M; m++) {
+                UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 keys
+                    const float* pair = &score[m][n + i / 2][i % 2 * 2];
+                    p[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
+                }
+            }
+            UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+                uint32_t x[4];  // columns c .. c + 15, two right operands
+                ldmatrix_x4_trans(x, values + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
+                const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+                UNROLLED for (int m = 0; m < M; m++) {
+                    mma_m16n8k16<E>(mixed[m][c / 8], p[m], left);
+                    mma_m16n8k16<E>(mixed[m][c / 8 + 1], p[m], right);
+                }
+            }
+        }
+    }
+
+    // Divide by the sums and write, by way of the warp's own rows of `queries`, 16 bytes per lane.
+    __syncwarp();
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int i = 0; i < 2; i++) {
+            const float sum = sum_over_lanes<1, 4>(total[m][i]);
+            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+            E* row = queries + (row0 + 16 * m + g + 8 * i) * STRIDE;
+            UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
+                *reinterpret_cast<Vector<E, 2>*>(row + 8 * n + 2 * t) = {
+                    from_float<E>(mixed[m][n][2 * i] * inverse),
+                    from_float<E>(mixed[m][n][2 * i + 1] * inverse)};
+        }
+    __syncwarp();
+    UNROLLED for (int i = 0; i < 16 * M; i += 4)
+        UNROLLED for (int j = 0; j < C_PADDED; j += 64) {
+            const int row = row0 + i + lane / 8, c = j + lane % 8 * 8, s = q0 + row;
+            if (s < S && c < C)
+                *reinterpret_cast<Vector<E, 8>*>(
+                    output + (((long long)b * S + s) * H + h) * C + c) =
+                    *reinterpret_cast<const Vector<E, 8>*>(queries + row * STRIDE + c);
+        }
+}
+"""
+
+# ---- Attention, few queries: split keys ----------------------------------------------------------
+
+ATTENTION_DECODE = ATTENTION_HEADER + r"""
+// Attention of few queries against a long cache. The S G query rows of one key/value head share its
+// keys, up to ROWS of them in one block; the keys are split over blocks, or a single sequence would
+// occupy K of a GPU's hundred or more multiprocessors:
+//
+//     keys of head k  | split 0 | split 1 | split 2 | ...   one block of 4 warps each
+//     8 lanes per key:  lane i holds vectors i, i + 8, ... of 16 bytes; the 16 groups of 8 lanes
+//                       take 16 neighbouring keys, UNROLL times before any use
+//
+// Every group runs an online softmax of its own; groups are merged at the end through exchanges and
+// shared memory, splits by the kernel `attention_combine`. Partial results are float32.
+//
+// Reads every key and value once, 2 C elements per (key, head) for 4 C G S operations: with S = 1
+// and G = 1 one operation per byte (16 bits). The limit is the memory's bandwidth, up to about 8
+// rows; above, the float32 units.
+template <typename E, int COLUMNS, int ROWS>
+__global__ void __launch_bounds__(128, ROWS == 1 ? 4 : ROWS == 4 && COLUMNS < 256 ? 3 : 2)
+attention_decode(ATTENTION_INPUTS, float* __restrict__ partial_mixed,
+                 float* __restrict__ partial_sums, int keys_per_split) {
+    constexpr int LANES = 8, WARPS = 4, GROUPS = WARPS * 32 / LANES, N = 16 / sizeof(E);
+    constexpr int PER_LANE = COLUMNS / (LANES * N), UNROLL = PER_LANE < 4 ? 4 / PER_LANE : 1;
+    __shared__ float queries[ROWS][COLUMNS], warp_mixed[WARPS][ROWS][COLUMNS];
+    __shared__ float warp_peak[WARPS][ROWS], warp_total[WARPS][ROWS];
+
+    const int G = H / K, rows = S * G, chunks = (rows + ROWS - 1) / ROWS;
+    const int k = blockIdx.y / chunks, row0 = blockIdx.y % chunks * ROWS, b = blockIdx.z;
+    const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, warp = threadIdx.x / 32;
+    key += b * key_b + k * key_k;
+    value += b * value_b + k * value_k;
+    if (has_mask) mask += (long long)b * T;
+    const int offset = T - S, from = offset - window + 1;  // the first key that query 0 sees
+    const int start = (from > 0 ? from : 0) + blockIdx.x * keys_per_split;
+    const int end = start + keys_per_split < T ? start + keys_per_split : T;
+
+    // Row r is query r / G, head k G + r % G.
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 128) {
+        const int r = row0 + i / COLUMNS, c = i % COLUMNS;
+        queries[i / COLUMNS][c] = r < rows && c < C
+            ? to_float(query[b * query_b + r / G * query_s + (k * G + r % G) * query_h + c]) : 0.0f;
+    }
+    __syncthreads();
+
+    float peak[ROWS], total[ROWS] = {}, mixed[ROWS][PER_LANE][N] = {};
+    int position[ROWS];
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        peak[r] = NOTHING;
+        position[r] = offset + (row0 + r) / G;
+    }
+    for (int t0 = start; t0 < end; t0 += GROUPS * UNROLL) {
+        // Past the end, the last key is read again and weighs 0; past C, the last columns: the
+        // query has zeros there. Reads without a condition are all under way at once.
+        Vector<E, N> keys[UNROLL][PER_LANE], values[UNROLL][PER_LANE];
+        bool seen[UNROLL];
+        UNROLLED for (int u = 0; u < UNROLL; u++) {
+            const int wanted = t0 + u * GROUPS + group, t = wanted < end ? wanted : end - 1;
+            seen[u] = t == wanted && (!has_mask || mask[t]);
+            UNROLLED for (int j = 0; j < PER_LANE; j++) {
+                const int column = (j * LANES + lane) * N, c = column < C ? column : C - N;
+                keys[u][j] = *reinterpret_cast<const Vector<E, N>*>(key + t * key_t + c);
+                values[u][j] = *reinterpret_cast<const Vector<E, N>*>(value + t * value_t + c);
+            }
+        }
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            float score[UNROLL] = {}, highest = NOTHING, sum = 0.0f;
+            UNROLLED for (int j = 0; j < PER_LANE; j++)
+                UNROLLED for (int n = 0; n < N; n++) {
+                    const float q = queries[r][(j * LANES + lane) * N + n];
+                    UNROLLED for (int u = 0; u < UNROLL; u++)
+                        score[u] += q * to_float(keys[u][j].element[n]);
+                }
+            UNROLLED for (int u = 0; u < UNROLL; u++) {
+                score[u] = sum_over_lanes<1, LANES>(score[u]);
+                const int distance = position[r] - (t0 + u * GROUPS + group);
+                if (!seen[u] || distance < 0 || distance >= window) score[u] = NOTHING;
+                highest = fmaxf(highest, score[u]);
+            }
+            const Rescaling rescaling = raise_peak(peak[r], highest * scale);
+            UNROLLED for (int u = 0; u < UNROLL; u++) {
+                score[u] = weight_of(score[u], scale, rescaling.shift);
+                sum += score[u];
+            }
+            total[r] = total[r] * rescaling.shrink + sum;
+            UNROLLED for (int j = 0; j < PER_LANE; j++)
+                UNROLLED for (int n = 0; n < N; n++) {
+                    float& x = mixed[r][j][n];
+                    x *= rescaling.shrink;
+                    UNROLLED for (int u = 0; u < UNROLL; u++)
+                        x += score[u] * to_float(values[u][j].element[n]);
+                }
+        }
+    }
+
+    // The 4 groups of each warp: bring all to the highest peak, then add.
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        const float highest = highest_over_lanes<LANES, 32>(peak[r]);
+        const float shrink = raise_peak(peak[r], highest).shrink;
+        const float sum = sum_over_lanes<LANES, 32>(total[r] * shrink);
+        if (threadIdx.x % 32 == 0) {
+            warp_peak[warp][r] = peak[r];
+            warp_total[warp][r] = sum;
+        }
+        UNROLLED for (int j = 0; j < PER_LANE; j++)
+            UNROLLED for (int n = 0; n < N; n++) {
+                const float x = sum_over_lanes<LANES, 32>(mixed[r][j][n] * shrink);
+                if (group % 4 == 0) warp_mixed[warp][r][(j * LANES + lane) * N + n] = x;
+            }
+    }
+    __syncthreads();
+
+    // The 4 warps, in the same way. Partial results are [B, K, S G, splits], C values and 2 sums.
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 128) {
+        const int r = i / COLUMNS, c = i % COLUMNS;
+        if (row0 + r >= rows || c >= C) continue;
+        float highest = NOTHING, sum = 0.0f, x = 0.0f;
+        for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, warp_peak[w][r]);
+        for (int w = 0; w < WARPS; w++) {
+            float old = warp_peak[w][r];
+            const float shrink = raise_peak(old, highest).shrink;
+            sum += warp_total[w][r] * shrink;
+            x += warp_mixed[w][r][c] * shrink;
+        }
+        const long long part = (((long long)b * K + k) * rows + row0 + r) * gridDim.x + blockIdx.x;
+        partial_mixed[part * C + c] = x;
+        if (c == 0) {
+            partial_sums[2 * part] = highest;
+            partial_sums[2 * part + 1] = sum;
+        }
+    }
+}
+
+// Merge the splits' partial results: one block per query row, one thread per column. Reads C + 2
+// floats per row and split, little beside what the kernel before it read; the limit is its launch.
+template <typename E>
+__global__ void __launch_bounds__(256) attention_combine(
+    const float* __restrict__ partial_mixed, const float* __restrict__ partial_sums,
+    E* __restrict__ output, int S, int H, int K, int C, int splits) {
+    const int G = H / K, rows = S * G, r = blockIdx.x % rows, k = blockIdx.x / rows % K;
+    const long long b = blockIdx.x / rows / K;
+    partial_mixed += (long long)blockIdx.x * splits * C;
+    partial_sums += (long long)blockIdx.x * splits * 2;
+    float highest = NOTHING, total = 0.0f, x = 0.0f;
+    for (int i = 0; i < splits; i++) highest = fmaxf(highest, partial_sums[2 * i]);
+    for (int i = 0; i < splits; i++) {
+        float peak = partial_sums[2 * i];
+        const float shrink = raise_peak(peak, highest).shrink;
+        total += partial_sums[2 * i + 1] * shrink;
+        if (threadIdx.x < C) x += partial_mixed[(long long)i * C + threadIdx.x] * shrink;
+    }
+    if (threadIdx.x < C)
+        output[((b * S + r / G) * H + k * G + r % G) * C + threadIdx.x] =
+            from_float<E>(total == 0.0f ? 0.0f : x / total);
+}
+"""
+
+# ---- Compiling and launching ---------------------------------------------------------------------
+
+TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # NumPy's, CUDA's
+# The instances of the templates: (C_PADDED, M) of the tensor cores' kernel, (COLUMNS, ROWS) of the
+# decode kernel with the blocks that a multiprocessor's registers hold (its __launch_bounds__).
+TENSOR_CORE_TILES = [(C, M) for C in (32, 64, 80, 96, 128, 160, 192, 256) for M in (1, 2)
+                     if M == 1 or C <= 128]
+DECODE_BLOCKS = {(64, 1): 4, (64, 4): 3, (64, 8): 2, (128, 1): 4, (128, 4): 3, (128, 8): 2,
+                 (256, 1): 4, (256, 4): 2}
+
+
+def instances():
+    """Return every (source, name expression) that the launchers can ask `load_kernel` for."""
+    found = []
+    for E in TYPES.values():
+        found += [(RMS_NORM, f"rms_norm<{E}, {N}>") for N in (1, 4 if E == "float" else 8)]
+        found += [(ATTENTION_TILED, f"attention_tiled<{E}>")]
+        found += [(ATTENTION_DECODE, f"attention_combine<{E}>")]
+        found += [(ATTENTION_DECODE, f"attention_decode<{E}, {columns}, {rows}>")
+                  for columns, rows in DECODE_BLOCKS]
+        if E != "float":
+            found += [(ATTENTION_TENSOR_CORES, f"attention_tensor_cores<{E}, {C}, {M}>")
+                      for C, M in TENSOR_CORE_TILES]
+    return found
+
+
+@functools.cache
+def load_kernel(source, name_expression):
+    """Compile one instance of a kernel's template for this GPU; return it, ready to launch.
+
+    Args:
+        source: str, CUDA C++.
+        name_expression: str, such as "rms_norm<__half, 8>".
+
+    Returns:
+        A function (grid, block, arguments, shared_mem=0): tuples of up to 3 int, a tuple of arrays
+        and NumPy scalars, and the bytes of dynamic shared memory.
+    """
+    module = array_module.RawModule(
+        code=source, options=("-std=c++17",), name_expressions=(name_expression,))
+    kernel = module.get_function(name_expression)
+    # More than 48 KB must be asked for; asking for all that a block may have costs nothing.
+    kernel.max_dynamic_shared_size_bytes = gpu_limits()[2] - kernel.shared_size_bytes
+    return kernel
+
+
+@functools.cache
+def gpu_limits():
+    """Return the GPU's compute capability (90: 9.0), multiprocessors, shared bytes per block."""
+    device = array_module.cuda.Device()
+    return (int(device.compute_capability), device.attributes["MultiProcessorCount"],
+            device.attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def require(condition, message, error=ValueError):
+    """Raise `error` with `message` unless `condition` holds."""
+    if not condition:
+        raise error(message)
+
+
+def check_array(name, array, shape, like=None):
+    """Check an array's type, its shape (None: any) and, if given, that it matches the array `like`.
+
+    Args:
+        name: str, the argument's.
+        array: what was passed.
+        shape: tuple of int or None.
+        like: array whose device `array` must share, and whose dtype, unless `array` is a mask.
+    """
+    require(array_module is not None, "The kernels need CuPy and an NVIDIA GPU: "
+            "pip install 'cupy-cuda13x[ctk]' (cupy-cuda12x for a driver of CUDA 12).", ImportError)
+    require(isinstance(array, array_module.ndarray), f"`{name}` must be a "
+            f"{array_module.__name__}.ndarray. Received: {type(array)}", TypeError)
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    require(len(array.shape) == len(shape) and all(
+        want in (None, size) for want, size in zip(shape, array.shape, strict=True)),
+        f"`{name}` must be of shape ({wanted}). Received: {array.shape}")
+    if like is not None:
+        here, there = (getattr(a, "device", None) for a in (array, like))
+        require(here == there, f"`{name}` must be on {there}, as the first argument is. "
+                f"Received: {here}")
+    if name == "padding_mask":
+        return
+    dtypes = " or ".join(TYPES) if like is None else like.dtype.name
+    require(array.dtype.name in dtypes.split(" or "),
+            f"`{name}` must be of dtype {dtypes}. Received: {array.dtype}")
+    require(array.size == 0 or array.shape[-1] == 1 or array.strides[-1] == array.itemsize,
+            f"`{name}` must be contiguous in its last axis. Received: strides {array.strides}")
+
+
+def in_vectors(*arrays):
+    """Say whether each array's rows, along its last axis, are whole 16-byte vectors, aligned."""
+    def is_aligned(array):
+        start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+        return all(step % 16 == 0 for step in (start, array.shape[-1] * array.itemsize, *(
+            stride for stride, size in zip(array.strides[:-1], array.shape[:-1], strict=True)
+            if size > 1)))
+    return all(map(is_aligned, arrays))
+
+
+def divide_up(a, b):
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def rms_norm(x, scale, epsilon):
+    """Divide each vector by its root mean square, then scale its components: phi3_ref's `rms_norm`.
+
+    Args:
+        x: [..., D], float32, float16 or bfloat16, on the GPU.
+        scale: [D], in the dtype of `x`.
+        epsilon: float, added to the mean square.
+
+    Returns:
+        Like `x`, contiguous; computed in float32, rounded once.
+    """
+    check_array("x", x, (None,) * max(1, getattr(x, "ndim", 1)))
+    D = x.shape[-1]
+    check_array("scale", scale, (D,), like=x)
+    y = array_module.empty(x.shape, x.dtype)
+    if x.size == 0:
+        return y
+    rows = x.reshape(-1, D)  # a copy only where no single stride leads through all rows
+    N = 16 // x.itemsize if in_vectors(rows, scale) else 1
+    threads = min(512, 32 * divide_up(D, 32 * N * (16 if N == 1 else 4)))
+    load_kernel(RMS_NORM, f"rms_norm<{TYPES[x.dtype.name]}, {N}>")(
+        (len(rows),), (threads,), (rows, scale, y, np.int64(rows.strides[0] // x.itemsize),
+                                   np.int32(D), np.float32(epsilon)))
+    return y
+
+
+def attention(query, key, value, padding_mask=None, sliding_window=None):
+    """Causal grouped-query attention that never holds the score matrix: phi3_ref's `attention`.
+
+    Args:
+        query: [B, S, H, C], float32, float16 or bfloat16, on the GPU; the queries are the last S of
+            the T positions. It may be a slice of the fused projection, and so may the next two.
+        key: [B, T, K, C]; query head h reads key/value head h // (H // K).
+        value: [B, T, K, C].
+        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
+        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+
+    Returns:
+        [B, S, H, C], contiguous, in the dtype of `query`. Rows that see no key are zero.
+    """
+    check_array("query", query, (None,) * 4)
+    B, S, H, C = query.shape
+    check_array("key", key, (B, None, None, C), like=query)
+    T, K = key.shape[1:3]
+    check_array("value", value, key.shape, like=query)
+    require(K and H % K == 0, f"`query` must have a multiple of `key`'s {K} heads. Received: {H}")
+    require(S <= T, f"`query` must have at most `key`'s {T} positions. Received: {S}")
+    require(sliding_window is None or sliding_window >= 0,
+            f"`sliding_window` must be None or at least 0 (none). Received: {sliding_window}")
+    has_mask = padding_mask is not None
+    if has_mask:
+        check_array("padding_mask", padding_mask, (B, T), like=query)
+        mask = array_module.ascontiguousarray(padding_mask, dtype=bool)
+    else:
+        mask = array_module.empty(1, bool)  # the kernels do not look at it
+    output = array_module.empty((B, S, H, C), query.dtype)
+    if output.size == 0:
+        return output
+
+    E, G = TYPES[query.dtype.name], H // K
+    capability, multiprocessors, shared_memory = gpu_limits()
+    strides = [stride // query.itemsize for array in (query, key, value)
+               for stride in array.strides[:3]]
+    window, scale = min(sliding_window or T, T), np.float32(C**-0.5 * math.log2(math.e))
+    inputs = (query, key, value, mask, np.int32(has_mask), *map(np.int64, strides),
+              *map(np.int32, (S, T, H, K, C, window)), scale)
+    fast = C <= 256 and in_vectors(query, key, value)
+
+    if fast and S <= 8:
+        columns = next(columns for columns in (64, 128, 256) if columns >= C)
+        rows = 1 if S * G == 1 else 4 if S * G <= 4 or columns == 256 else 8
+        heads = K * divide_up(S * G, rows)
+        # As many blocks as run at once, each with at least one round of 64 keys.
+        keys = min(T, window + S - 1)
+        blocks = DECODE_BLOCKS[columns, rows] * multiprocessors
+        splits = max(1, min(blocks // (B * heads), divide_up(keys, 64)))
+        per_split = divide_up(keys, splits)
+        splits = divide_up(keys, per_split)
+        mixed, sums = (array_module.empty((B * K * S * G, splits, size), np.float32)
+                       for size in (C, 2))
+        load_kernel(ATTENTION_DECODE, f"attention_decode<{E}, {columns}, {rows}>")(
+            (splits, heads, B), (128,), (*inputs, mixed, sums, np.int32(per_split)))
+        load_kernel(ATTENTION_DECODE, f"attention_combine<{E}>")(
+            (B * K * S * G,), (32 * divide_up(C, 32),),
+            (mixed, sums, output, *map(np.int32, (S, H, K, C, splits))))
+        return output
+
+    if fast and query.itemsize == 2 and capability >= 80:
+        padded = next(columns for columns, _ in TENSOR_CORE_TILES if columns >= C)
+        for M in (2, 1):  # 128 queries per block if there is work for all with so few, else 64
+            tiles = divide_up(S, 64 * M)
+            shared = (64 * M + 4 * (64 if padded <= 128 else 32)) * (padded + 8) * 2
+            enough = M == 1 or tiles * H * B >= 2 * multiprocessors
+            if (padded, M) in TENSOR_CORE_TILES and enough and shared <= shared_memory:
+                load_kernel(ATTENTION_TENSOR_CORES, f"attention_tensor_cores<{E}, {padded}, {M}>")(
+                    (tiles, H, B), (128,), (*inputs, output), shared_mem=shared)
+                return output
+
+    load_kernel(ATTENTION_TILED, f"attention_tiled<{E}>")(
+        (divide_up(S, 64), H * divide_up(C, 128), B), (256,), (*inputs, output))
+    return output

@@ -1,0 +1,445 @@
+"""The CUDA kernels, executed on the CPU, against the formulas in float64; and mutants of them."""
+
+import dataclasses
+
+import cuda_on_cpu
+import ml_dtypes
+import numpy as np
+import pytest
+import references as ref
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels_cuda
+import phi3_ref
+
+DTYPES = ["float32", "float16", "bfloat16"]
+TYPES = kernels_cuda.TYPES
+# Sizes around the edges of everything that is tiled: vectors, warps, mma, tiles of queries, keys.
+EDGES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 66, 95, 96, 97, 127, 128, 129, 130, 191]
+
+
+@dataclasses.dataclass
+class Case:
+    """One call of attention, as Hypothesis draws and prints it."""
+
+    dtype: str
+    B: int
+    S: int
+    T: int
+    K: int
+    G: int
+    C: int
+    mask: str = "none"
+    window: int | None = None
+    layout: str = "dense"
+    size: float = 1.0  # of the scores: large ones make one key win, and the running peak rise
+    seed: int = 0
+
+    def inputs(self):
+        rng = np.random.default_rng(self.seed)
+        dtype = ref.NUMPY_DTYPE[self.dtype]
+        B, S, T, K, C = self.B, self.S, self.T, self.K, self.C
+        H = K * self.G
+
+        def normal(*shape):
+            return rng.normal(size=shape).astype(dtype)
+
+        if self.layout == "fused":  # slices of the fused projection; a step past S keys of a cache
+            fused = normal(B, T, (H + 2 * K) * C)
+            parts = np.split(fused, [H * C, (H + K) * C], axis=-1)
+            query, key, value = (part.reshape(B, T, -1, C) for part in parts)
+            query = query[:, T - S:]
+            assert all(np.shares_memory(part, fused) for part in (query, key, value))
+        elif self.layout == "cache":  # heads before positions, room for more keys
+            query = normal(B, H, S, C).transpose(0, 2, 1, 3)
+            key, value = normal(2, B, K, T + 5, C)[:, :, :, :T].transpose(0, 1, 3, 2, 4)
+        elif self.layout == "unaligned":  # rows that begin anywhere
+            query, key, value = (normal(B, n, heads, C + 1)[..., 1:]
+                                 for n, heads in ((S, H), (T, K), (T, K)))
+        else:
+            query, key, value = normal(B, S, H, C), normal(B, T, K, C), normal(B, T, K, C)
+        query *= dtype(self.size)
+
+        mask = None if self.mask == "none" else np.ones((B, T), bool)
+        if self.mask == "left":  # the padding of prompts of different lengths
+            mask = np.arange(T) >= rng.integers(0, T + 1, (B, 1))
+        elif self.mask == "random":
+            mask = rng.random((B, T)) < rng.choice([0.05, 0.5, 0.95])
+        elif self.mask == "numbers":
+            mask = (rng.random((B, T)) < 0.7).astype("int32")
+        elif self.mask == "nothing":
+            mask[0] = False
+        return query, key, value, mask, self.window
+
+
+def expected(case, inputs):
+    """Returns the exact result, and what relative error the case's dtype allows."""
+    query, key, value, mask, window = inputs
+    wide = [array.astype("float64") for array in (query, key, value)]
+    scores = []
+    result = phi3_ref.textbook_attention(
+        *wide, mask, window, tap=lambda name, x: (scores.append(abs(x).max()), x)[1])
+    # exp() turns an absolute error of a score, here relative to the largest, into a relative one.
+    return result, ref.TOLERANCE[case.dtype] * max(1.0, scores[0] / 8)
+
+
+def run(case, inputs=None, **options):
+    """Returns the kernels' result and their names."""
+    with cuda_on_cpu.emulate(**options) as launches:
+        result = kernels_cuda.attention(*(inputs or case.inputs()))
+    return result, [name for name, *_ in launches]
+
+
+def check(case, **options):
+    """Compares one case with the formulas; returns the names of the kernels that ran."""
+    inputs = case.inputs()
+    before = [array.tobytes() for array in inputs[:3]]
+    result, names = run(case, inputs, **options)
+    exact, tolerance = expected(case, inputs)
+    assert result.dtype == inputs[0].dtype and result.flags.c_contiguous
+    error = ref.relative_error(result, exact)
+    assert error <= tolerance, f"{names}: {error} > {tolerance}"
+    assert not np.asarray(result, "float64")[~exact.any(-1)].any(), "a row that sees no key"
+    assert before == [array.tobytes() for array in inputs[:3]]
+    return names
+
+
+@st.composite
+def cases(draw, dtype, head_dims, few_queries=False, layouts=("dense", "fused", "cache")):
+    C = draw(st.sampled_from(head_dims))
+    T = draw(st.sampled_from([*EDGES, 257, 700] if few_queries else EDGES))
+    S = draw(st.integers(1, min(8, T)) if few_queries else
+             st.sampled_from([size for size in EDGES if 8 < size <= T] or [T]))
+    K, G = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (1, 4)]))
+    windows = st.sampled_from([1, 2, 16, 31, 33, 63, 64, 65, 100, 10_000])
+    return Case(dtype, draw(st.sampled_from([1, 1, 2])), S, T, K, G, C,
+                draw(st.sampled_from(["none", "none", "left", "random", "numbers", "nothing"])),
+                draw(st.none() | windows), draw(st.sampled_from(layouts)),
+                draw(st.sampled_from([0.1, 1.0, 6.0])), draw(st.integers(0, 99)))
+
+
+# Attention ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("padded, M", kernels_cuda.TENSOR_CORE_TILES)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_tensor_cores(dtype, padded, M):
+    """Every instance of the tensor cores' kernel, with head_dims up to the one it is padded to."""
+    smaller = max((C for C, _ in kernels_cuda.TENSOR_CORE_TILES if padded > C), default=0)
+    dims = [padded, padded, smaller + 8]
+
+    @settings(max_examples=ref.examples(4))
+    @given(cases(dtype, dims))
+    def all_equal(case):
+        names = check(case, multiprocessors=1 if M == 2 else 999)
+        if case.S > 8:
+            wanted = f"<{TYPES[dtype]}, {padded}, "
+            assert all(name.startswith("attention_tensor_cores" + wanted) for name in names), names
+            seen.update(names)
+
+    seen = set()
+    all_equal()
+    check(Case(dtype, 1, 130, 131, 1, 2, dims[-1], "left", 70), multiprocessors=1)
+    _, names = run(Case(dtype, 1, 70, 70, 2, 2, padded), multiprocessors=1 if M == 2 else 999)
+    assert f"attention_tensor_cores<{TYPES[dtype]}, {padded}, {M}>" in {*names, *seen}
+
+
+@pytest.mark.parametrize("columns, rows", kernels_cuda.DECODE_BLOCKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(dtype, columns, rows):
+    """Every instance of the decode kernel: few queries, keys split over blocks."""
+    smaller = max((c for c, _ in kernels_cuda.DECODE_BLOCKS if c < columns), default=0)
+    step = 16 // ref.NUMPY_DTYPE[dtype](0).itemsize
+    seen = set()
+
+    @settings(max_examples=ref.examples(5))
+    @given(cases(dtype, [columns, smaller + step, columns - step], few_queries=True),
+           st.sampled_from([1, 3, 20]))
+    def all_equal(case, multiprocessors):
+        names = check(case, multiprocessors=multiprocessors)
+        assert names[0].startswith(f"attention_decode<{TYPES[dtype]}, {columns}, "), names
+        assert names[1:] == [f"attention_combine<{TYPES[dtype]}>"]
+        seen.add(names[0])
+
+    all_equal()
+    S, G = {1: (1, 1), 4: (2, 2), 8: (5, 2)}[rows]
+    for window in (None, 50):
+        case = Case(dtype, 1, S, 300, 2, G, columns, "left", window)
+        seen.update(check(case, multiprocessors=2))
+    assert f"attention_decode<{TYPES[dtype]}, {columns}, {rows}>" in seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiled(dtype):
+    """The simple kernel: float32, head_dims that are no whole vectors, rows that begin anywhere."""
+    @settings(max_examples=ref.examples(25))
+    @given(cases(dtype, [1, 2, 3, 7, 31, 33, 63, 65, 97, 127, 129, 130, 257], layouts=(
+        "dense", "fused", "cache", "unaligned")))
+    def all_equal(case):
+        if case.C < 3:
+            case.size = min(case.size, 1.0)
+        assert check(case) == [f"attention_tiled<{TYPES[dtype]}>"]
+
+    all_equal()
+    for C in (64, 96, 128):
+        case = Case(dtype, 1, 70, 131, 1, 2, C, "random", 100, "unaligned", seed=C)
+        assert check(case) == [f"attention_tiled<{TYPES[dtype]}>"]
+
+
+def test_one_output_column_per_block():
+    """More columns than a block of the simple kernel takes, to the last one."""
+    for C in (128, 256, 300):
+        check(Case("float32", 1, 20, 20, 1, 1, C, layout="unaligned"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_older_gpus(dtype):
+    """Below sm_80 no kernel is chosen that uses its instructions."""
+    for S in (1, 40):
+        names = check(Case(dtype, 1, S, 70, 1, 2, 96), capability=75)
+        assert not any("tensor_cores" in name for name in names)
+
+
+@pytest.mark.parametrize("case", [
+    Case("float32", 2, 70, 131, 2, 2, 96, "random", 100), Case("float16", 2, 130, 131, 2, 2, 96),
+    Case("bfloat16", 2, 70, 131, 1, 2, 160, "left", 40), Case("float16", 2, 3, 300, 2, 3, 96)])
+def test_same_bits_in_any_order(case):
+    """Blocks and threads from last to first give the same bits."""
+    one, _ = run(case)
+    other, _ = run(case, reverse=True)
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2, 2, 8), (1, 0, 4, 2, 2, 8)])
+def test_nothing_to_do(shape):
+    B, S, T, K, G, C = shape
+    result, names = run(Case("float32", B, S, T, K, G, C))
+    assert result.shape == (B, S, K * G, C) and not names
+
+
+# RMSNorm ------------------------------------------------------------------------------------------
+
+def check_rms_norm(x, scale, epsilon, **options):
+    with cuda_on_cpu.emulate(**options) as launches:
+        y = kernels_cuda.rms_norm(x, scale, epsilon)
+    assert y.dtype == x.dtype and y.shape == x.shape and y.flags.c_contiguous
+    half_a_step = ref.EPSILON[x.dtype.name] / 2 + 1e-6
+    assert ref.relative_error(y, ref.exact_rms_norm(x, scale, epsilon)) <= half_a_step
+    return [name for name, *_ in launches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    """Any dimension and row count, any stride; vectors of 16 bytes where they fit."""
+    item = ref.NUMPY_DTYPE[dtype]
+    N = 16 // item(0).itemsize
+    dims = [1, 2, 7, 8, 16, 31, 32, 33, 63, 64, 96, 127, 128, 129, 255, 256, 257, 511, 512, 513,
+            1023, 1024, 1025, 2047, 2048, 2056, 3072, 5120]
+
+    @settings(max_examples=ref.examples(40))
+    @given(st.lists(st.integers(1, 3), max_size=3), st.sampled_from(dims), st.integers(0, 99),
+           st.sampled_from(["dense", "fused", "unaligned"]), st.sampled_from([1e-6, 0.1]),
+           st.sampled_from([0.01, 1.0, 100.0]))
+    def all_equal(leading, D, seed, layout, epsilon, size):
+        rng = np.random.default_rng(seed)
+        x = (rng.normal(size=(*leading, D + {"dense": 0, "fused": 2 * N, "unaligned": 1}[layout]))
+             * size).astype(item)
+        x = x[..., N:N + D] if layout == "fused" else x[..., -D:]
+        scale = rng.uniform(0.5, 1.5, D).astype(item)
+        names = check_rms_norm(x, scale, epsilon)
+        if layout != "unaligned":
+            assert names == [f"rms_norm<{TYPES[dtype]}, {1 if D % N else N}>"]
+
+    all_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [8191, 8192, 8193, 16384, 16392, 20000])
+def test_rms_norm_of_long_rows(dtype, D):
+    """Rows longer than a block's registers are read twice."""
+    x = np.random.default_rng(D).normal(size=(2, D)).astype(ref.NUMPY_DTYPE[dtype])
+    check_rms_norm(x, np.flip(x[0]).copy(), 1e-6)
+    check_rms_norm(x[:, 1:], x[1, 1:], 1e-6, reverse=True)
+
+
+# What the launchers refuse ------------------------------------------------------------------------
+
+def arrays(**changes):
+    """Returns the arguments of a call of attention, each by its name."""
+    query, key, value, mask, _ = Case("float32", 2, 3, 5, 2, 2, 8, "random").inputs()
+    return {"query": query, "key": key, "value": value, "padding_mask": mask, **changes}
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    ({"query": [[1.0]]}, TypeError, "query.*ndarray.*list"),
+    ({"padding_mask": [[True] * 5] * 2}, TypeError, "padding_mask.*ndarray.*list"),
+    ({"query": np.zeros((2, 3, 4, 8))}, ValueError, "query.*float32.*float16.*bfloat16.*float64"),
+    ({"query": np.zeros((2, 3, 4, 8), "int32")}, ValueError, "query.*float32.*int32"),
+    ({"key": np.zeros((2, 5, 2, 8), "float16")}, ValueError, "key.*float32.*float16"),
+    ({"value": np.zeros((2, 5, 2, 8), ml_dtypes.bfloat16)}, ValueError, "value.*float32.*bfloat16"),
+    ({"query": np.zeros((3, 4, 8), "float32")}, ValueError, r"query.*\(3, 4, 8\)"),
+    ({"key": np.zeros((2, 5, 2, 7), "float32")}, ValueError, r"key.*8.*\(2, 5, 2, 7\)"),
+    ({"key": np.zeros((1, 5, 2, 8), "float32")}, ValueError, r"key.*2.*\(1, 5, 2, 8\)"),
+    ({"value": np.zeros((2, 6, 2, 8), "float32")}, ValueError, r"value.*5.*\(2, 6, 2, 8\)"),
+    ({"key": np.zeros((2, 2, 2, 8), "float32"), "value": np.zeros((2, 2, 2, 8), "float32"),
+      "padding_mask": None}, ValueError, "query.*2 positions.*3"),
+    ({"key": np.zeros((2, 5, 3, 8), "float32"), "value": np.zeros((2, 5, 3, 8), "float32")},
+     ValueError, "query.*multiple.*3.*4"),
+    ({"padding_mask": np.ones((2, 3), bool)}, ValueError, r"padding_mask.*\(2, 5\).*\(2, 3\)"),
+    ({"query": np.zeros((2, 3, 4, 16), "float32")[..., ::2]}, ValueError, "query.*contiguous"),
+    ({"value": np.zeros((2, 8, 2, 5), "float32").transpose(0, 3, 2, 1)}, ValueError,
+     "value.*contiguous")])
+def test_attention_refuses(changes, error, words):
+    """Each wrong argument is named, with what was expected and found."""
+    with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=f"(?s){words}"):
+        kernels_cuda.attention(**arrays(**changes))
+    assert not launches
+
+
+@pytest.mark.parametrize("x, scale, error, words", [
+    ([1.0], np.ones(1, "float32"), TypeError, "x.*ndarray.*list"),
+    (np.ones((2, 8)), np.ones(8), ValueError, "x.*float64"),
+    (np.ones((2, 8), "float32"), np.ones(8, "float16"), ValueError, "scale.*float32.*float16"),
+    (np.ones((2, 8), "float32"), np.ones(7, "float32"), ValueError, r"scale.*\(8\).*\(7,\)"),
+    (np.ones((2, 16), "float32")[:, ::2], np.ones(8, "float32"), ValueError, "x.*contiguous"),
+    (np.float32(1), np.ones(1, "float32"), TypeError, "x.*ndarray")])
+def test_rms_norm_refuses(x, scale, error, words):
+    with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=f"(?s){words}"):
+        kernels_cuda.rms_norm(x, scale, 1e-6)
+    assert not launches
+
+
+# Mutants: what the checks above would find --------------------------------------------------------
+
+# Cases that between them reach every line of each kernel.
+MUTANT_CASES = {
+    "RMS_NORM": [],
+    "ATTENTION_TILED": [Case("float32", 2, 70, 131, 2, 2, 96, "random", 66, size=6.0),
+                        Case("float32", 1, 70, 131, 1, 2, 130, layout="fused", size=6.0)],
+    "ATTENTION_TENSOR_CORES": [Case("float16", 2, 70, 200, 2, 2, 64, "random", 66, size=6.0),
+                               Case("float16", 2, 130, 200, 2, 2, 56, layout="fused", size=6.0),
+                               Case("float16", 1, 70, 200, 1, 1, 64, window=70)],
+    "ATTENTION_DECODE": [Case("float16", 2, 3, 300, 2, 3, 64, "random", 150, size=6.0),
+                         Case("float16", 1, 3, 300, 2, 3, 40, layout="fused", size=6.0),
+                         Case("float16", 1, 3, 70, 2, 2, 64),
+                         Case("float16", 1, 3, 70, 2, 2, 64, window=30)]}
+
+
+def is_caught(source_name, edit):
+    """Says how the checks refuse a kernel's edited source, or None where they do not."""
+    source = getattr(kernels_cuda, source_name)
+    changed = edit(source)
+    assert changed != source, "the mutation changes nothing: has the kernel been rewritten?"
+
+    def edit_this(text):
+        return changed if text == source else text
+
+    try:
+        if source_name == "RMS_NORM":
+            x = np.random.default_rng(0).normal(size=(3, 20000)).astype("float16")
+            for D in (20000, 200, 20001 - 4):
+                check_rms_norm(x[:, :D], x[0, :D], 0.1, edit=edit_this)
+        for case in MUTANT_CASES[source_name]:
+            check(case, edit=edit_this, multiprocessors=3)
+    except (cuda_on_cpu.KernelError, AssertionError) as error:
+        assert "error:" not in str(error), error  # it must compile
+        return str(error)
+    return None
+
+
+ORDERING = ["__syncthreads();", "__syncwarp();", "cp_async_wait<0>();", "cp_async_commit();"]
+
+
+@pytest.mark.parametrize("source_name, statement, number", [
+    (name, statement, number) for name in MUTANT_CASES for statement in ORDERING
+    for number in range(getattr(kernels_cuda, name).replace(
+        kernels_cuda.PRIMITIVES, "").count(statement))])
+def test_every_barrier_is_needed_and_watched(source_name, statement, number):
+    """Any barrier, wait or commit that is left out is noticed."""
+    def drop(source):
+        head, tail = source.split(kernels_cuda.PRIMITIVES)
+        parts = tail.split(statement)
+        return (head + kernels_cuda.PRIMITIVES + statement.join(parts[:number + 1]) + ";"
+                + statement.join(parts[number + 1:]))
+
+    assert is_caught(source_name, drop)
+
+
+MUTANTS = {
+    "ATTENTION_TILED": {
+        "the mask lets the next key in": ("t > position", "t > position + 1"),
+        "the mask hides the key itself": ("t > position", "t >= position"),
+        "the window is one too long": ("position - t >= window", "position - t > window"),
+        "the padding mask is ignored": ("(has_mask && !mask[t])", "false"),
+        "the padding mask of sequence 0": ("mask += (long long)b * T", "mask += 0 * b"),
+        "the result is not rescaled": ("mixed[i][j] *= r.shrink", "mixed[i][j] *= 1"),
+        "the total is not rescaled": ("total[i] * r.shrink", "total[i]"),
+        "another head of keys": ("key += b * key_b + h / (H / K) * key_k",
+                                 "key += b * key_b + h % K * key_k"),
+        "the stride of keys for values": ("row * value_t", "row * key_t * 1 + 0 * value_t + row"),
+        "the last tile of keys left out": ("t0 < end; t0 += TILE", "t0 + TILE <= end; t0 += TILE"),
+        "a tile before the window's": ("first / TILE * TILE", "first / TILE * TILE + TILE"),
+        "the second half of columns": ("j / 4 * 64", "j / 4 * 32"),
+        "queries past the last": ("s < S && c < C", "s < S + 1 && c < C"),
+        "columns past the last": ("s < S && c < C", "s < S && c < C + 1"),
+        "the wrong divisor": ("1.0f / total[i]", "1.0f / (total[i] + 1e-2f)"),
+        "no padding of C": ("q0 + row < S && c < C", "q0 + row < S")},
+    "ATTENTION_TENSOR_CORES": {
+        "the mask lets the next key in": ("distance < 0", "distance < -1"),
+        "the mask hides the key itself": ("distance < 0", "distance <= 0"),
+        "the window is one too long": ("distance >= window", "distance > window"),
+        "the diagonal is not masked": ("t0 + KEYS - 1 > lowest", "t0 > lowest"),
+        "the window is not masked": ("t0 <= highest - window", "t0 < highest - window - KEYS"),
+        "the padding mask is ignored": ("position < T && mask[position]", "position < T"),
+        "the padding mask of sequence 0": ("mask += (long long)b * T", "mask += 0 * b"),
+        "the mask past its end": ("position < T && mask[position]", "mask[position]"),
+        "the result is not rescaled": ("mixed[m][n][2 * i] *= r.shrink", "mixed[m][n][2 * i] *= 1"),
+        "the total is not rescaled": ("total[m][i] * r.shrink", "total[m][i]"),
+        "a row's lanes do not agree": ("highest_over_lanes<1, 4>", "highest_over_lanes<1, 2>"),
+        "another head of keys": ("k = h / (H / K)", "k = h % K"),
+        "the stride of keys for values": ("value + t0 * value_t, value_t", "value + t0 * key_t, "
+                                          "value_t + 8"),
+        "one buffer only": ("buffer ^= 1", "buffer ^= 0"),
+        "the other buffer": ("int buffer) {\n        E* tile = buffers + buffer * 2",
+                             "int buffer) {\n        E* tile = buffers + (buffer ^ 1) * 2"),
+        "rows past the last": ("row0 + i < rows && c0 + j < C", "row0 + i <= rows && c0 + j < C"),
+        "columns past the last": ("row0 + i < rows && c0 + j < C",
+                                  "row0 + i < rows && c0 + j < C + 8"),
+        "the operand is not transposed": ("ldmatrix_x4_trans", "ldmatrix_x4"),
+        "a warp skips a tile it needs": ("t0 + KEYS <= lowest - window + 1",
+                                         "t0 + KEYS <= lowest - window + 33"),
+        "a tile too few": ("t0 < end; t0 += KEYS", "t0 + KEYS < end; t0 += KEYS"),
+        "queries past the last written": ("s < S && c < C", "s <= S && c < C")},
+    "ATTENTION_DECODE": {
+        "the mask lets the next key in": ("distance < 0", "distance < -1"),
+        "the window is one too long": ("distance >= window", "distance > window"),
+        "the padding mask is ignored": ("(!has_mask || mask[t])", "true"),
+        "the result is not rescaled": ("x *= rescaling.shrink", "x *= 1"),
+        "the total is not rescaled": ("total[r] * rescaling.shrink", "total[r]"),
+        "the groups are not brought to one peak": ("mixed[r][j][n] * shrink", "mixed[r][j][n]"),
+        "the warps are not brought to one peak": ("warp_total[w][r] * shrink", "warp_total[w][r]"),
+        "the splits are not brought to one peak": ("partial_sums[2 * i + 1] * shrink",
+                                                   "partial_sums[2 * i + 1]"),
+        "another head of queries": ("(k * G + r % G) * query_h", "(k * G + r / S % G) * query_h"),
+        "another head in the result": ("k * G + r % G) * C", "k + r % G * K) * C"),
+        "a split too short": ("start + keys_per_split < T ?",
+                              "start + keys_per_split - 1 < T ? -1 +"),
+        "keys past the end of a split": ("t == wanted &&", "true &&"),
+        "the last split left out": ("i < splits; i++) {", "i < splits - 1; i++) {"),
+        "rows past the last": ("row0 + r >= rows", "row0 + r > rows")},
+    "RMS_NORM": {
+        "the wrong mean": ("sum / D", "sum / (D + 1)"),
+        "epsilon outside of the root": ("sqrtf(sum / D + epsilon)", "(sqrtf(sum / D) + epsilon)"),
+        "a warp left out": ("threads / 32; warp++", "threads / 32 - 1; warp++"),
+        "half of a warp": ("sum_over_lanes<1, 32>", "sum_over_lanes<1, 16>"),
+        "the rest of a long row": ("threadIdx.x + ITEMS * threads; i < count; i += threads)\n"
+                                   "        sum", "count; i < count; i += threads)\n        sum"),
+        "past the end of a row": ("if (i < count) out[i]", "if (i <= count) out[i]")}}
+
+
+@pytest.mark.parametrize("source_name, mutant", [
+    (name, mutant) for name, mutants in MUTANTS.items() for mutant in mutants])
+def test_mutants_are_caught(source_name, mutant):
+    """A kernel with one mistake fails: by its result, or by what it does to memory."""
+    old, new = MUTANTS[source_name][mutant]
+    assert is_caught(source_name, lambda source: source.replace(old, new))
