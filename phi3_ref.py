@@ -864,6 +864,9 @@ class Phi3Backbone(Backbone):
             **kwargs: arguments of the constructor that override the preset's. The dtype is float32
                 unless given here, whatever the files hold.
 
+        Returns:
+            Phi3Backbone.
+
         Raises:
             FileNotFoundError: the preset, or a file that it needs, does not exist.
             ValueError: a file's content is not that of a Phi-3.
@@ -876,6 +879,9 @@ class Phi3Backbone(Backbone):
 
     def save_to_preset(self, directory):
         """Write the configuration and weights to `directory` in Keras's format.
+
+        Args:
+            directory: str or path; made if need be.
 
         Raises:
             ValueError: KerasHub's Phi3Backbone cannot express this model.
@@ -1219,8 +1225,8 @@ class Phi3Tokenizer:
         proto: a SentencePiece model with the special tokens: its path, or its content as bytes.
         added_tokens: None for a Keras vocabulary, else {token id: {"content": str, and the flags
             "lstrip", "rstrip", "normalized"}}.
-        prefix: where added tokens leave a space to be put: "first" (before the text) and "always"
-            (before each segment), unless there is one; "prepend" (before each segment); "never".
+        prefix: with added tokens, what "a<|end|>b" becomes: "first": "▁a", "b"; "always": "▁a",
+            "▁b"; "prepend": so too, even where a segment begins with a space; "never": "a", "b".
         strip_prefix: bool, whether `detokenize` then takes off one leading space.
 
     Raises:
@@ -1268,7 +1274,7 @@ class Phi3Tokenizer:
 
     def added_pattern(self, normalized):
         """Return a regular expression of the added tokens, and their ids in its groups' order."""
-        space = r"[^\S\x1c-\x1f]*"  # \s, less four characters that only Python counts as spaces
+        spaces = r"[^\S\x1c-\x1f]*"  # \s, less four characters that only Python counts as spaces
         tokens = [
             (self.normalize(token["content"]) if normalized else token["content"], token_id, token)
             for token_id, token in (self.added_tokens or {}).items()
@@ -1276,8 +1282,8 @@ class Phi3Tokenizer:
         ]
         tokens.sort(key=lambda token: -len(token[0]))  # the longest match counts
         pattern = "|".join(
-            space * flags.get("lstrip", False) + f"({re.escape(content)})"
-            + space * flags.get("rstrip", False)
+            (spaces if flags.get("lstrip") else "") + f"({re.escape(content)})"
+            + (spaces if flags.get("rstrip") else "")
             for content, _, flags in tokens
         )
         return re.compile(pattern or "(?!)"), [token[1] for token in tokens]  # (?!) never matches
@@ -1323,7 +1329,8 @@ class Phi3Tokenizer:
     def decode(self, token_ids, at_start=True):
         """Return the text of token ids that stand at the start of a text, or further on."""
         if self.added_tokens is None:
-            # SentencePiece takes the prefix off the first piece with any text: be that another's.
+            # SentencePiece drops the first space, which `encode` put there. Further on the space is
+            # real: so decode behind an unknown token, and cut that token's text off.
             before = [] if at_start else [self.processor.unk_id()]
             return self.processor.decode(before + token_ids)[len(self.processor.decode(before)) :]
         text, run = "", b""
@@ -1416,6 +1423,9 @@ class Phi3Tokenizer:
         """Write the tokenizer to `directory` in Keras's format, which has no added tokens.
 
         They become pieces, at the same ids, and lose their flags.
+
+        Args:
+            directory: str or path; made if need be.
         """
         directory = pathlib.Path(directory)
         write_json(directory / "tokenizer.json", self.keras_object())
@@ -1488,7 +1498,12 @@ def read_tokenizer_model(path, names, config, model):
 
 
 def read_tokenizer_json(fast, model):
-    """Read a tokenizer.json as `transformers.AutoTokenizer` does, its BPE into `model`."""
+    """Read a tokenizer.json as `transformers.AutoTokenizer` does, its BPE into `model`.
+
+    Returns:
+        (added tokens, prefix, strip_prefix, add_start_token): see `Phi3Tokenizer` and
+        `Phi3CausalLMPreprocessor`.
+    """
     # What happens around the BPE.
     prepend = {"type": "Prepend", "prepend": "▁"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -1536,13 +1551,15 @@ class Phi3CausalLMPreprocessor:
         add_start_token: bool, put "<s>" before every text.
         add_end_token: bool, put "<|endoftext|>" behind every text; never before generation.
 
+    Raises:
+        ValueError: `sequence_length` is not a positive integer.
+
     Source: KerasHub's `Phi3CausalLMPreprocessor`, which adds the start token before generation
     even where `add_start_token` is False.
     """
 
     def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=False):
-        require(is_int(sequence_length) and sequence_length > 0,
-                f"`sequence_length` must be a positive integer. Received: {sequence_length!r}")
+        require_int("sequence_length", sequence_length)
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.add_start_token = add_start_token
@@ -1615,7 +1632,11 @@ class Phi3CausalLMPreprocessor:
         return None if tokenizer is None else cls(tokenizer, **{**config, **kwargs})
 
     def save_to_preset(self, directory):
-        """Write preprocessor and tokenizer to `directory` in Keras's format."""
+        """Write preprocessor and tokenizer to `directory` in Keras's format.
+
+        Args:
+            directory: str or path; made if need be.
+        """
         config = {
             "tokenizer": self.tokenizer.keras_object(),
             "config_file": "preprocessor.json",
@@ -1787,7 +1808,11 @@ class Phi3CausalLM:
         return cls(Phi3Backbone.from_preset(preset, load_weights, **kwargs), preprocessor)
 
     def save_to_preset(self, directory):
-        """Write weights, configuration and tokenizer to `directory` in Keras's format."""
+        """Write weights, configuration and tokenizer to `directory` in Keras's format.
+
+        Args:
+            directory: str or path; made if need be.
+        """
         self.backbone.save_to_preset(directory)
         if self.preprocessor is not None:
             self.preprocessor.save_to_preset(directory)
