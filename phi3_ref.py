@@ -1979,17 +1979,19 @@ class Phi3CausalLM:
         """
         beams, (B, max_length) = self.sampler.num_beams, token_ids.shape
         token_ids, prompt_mask = token_ids.repeat(beams, axis=0), prompt_mask.repeat(beams, axis=0)
-        log_probability = np.full((B, beams), -1e9, np.float32)
+        xp = self.backbone.xp
+        log_probability = xp.full((B, beams), -1e9, np.float32)
         log_probability[:, 0] = 0  # all beams start alike: only the first counts
         index, cache = int(prompt_mask.sum(axis=1).min()), None
         done = np.zeros(B * beams, bool)
         while index < max_length and not done.all():
             logits, cache = self.next_logits(token_ids, index, cache)
             with np.errstate(divide="ignore"):  # log(0) is -inf, as it should be
-                candidates = np.log(to_numpy(self.probabilities(logits)))  # [B * beams, V]
+                candidates = xp.log(self.probabilities(logits))  # [B * beams, V]
             V = candidates.shape[-1]
             candidates = candidates.reshape(B, beams, V) + log_probability[:, :, None]
             log_probability, best = top_k(candidates.reshape(B, beams * V), beams)
+            best = to_numpy(best)  # [B, beams], the best first
             parents = (best // V + beams * np.arange(B)[:, None]).reshape(-1)  # [B * beams]
             token_ids, done = token_ids[parents], done[parents]
             cache.select(parents)
@@ -1998,8 +2000,7 @@ class Phi3CausalLM:
             if stop_token_ids is not None:
                 done |= np.isin(token_ids[:, index], stop_token_ids) & ~in_prompt
             index += 1
-        winners = log_probability.argmax(axis=1) + beams * np.arange(B)
-        return token_ids[winners]
+        return token_ids[::beams]
 
 
 # ---- The command line ----------------------------------------------------------------------------

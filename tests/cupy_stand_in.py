@@ -1,0 +1,161 @@
+"""A stand-in for CuPy on machines without a GPU: arrays that refuse to mix with NumPy's.
+
+As `sys.modules["cupy"]` it lets phi3_ref's CuPy path run on the host, and fail here where it would
+fail at the user's: an `ndarray` wraps a NumPy array ("device memory") that only `asarray` leads
+into and only `get` leads out of. It knows the functions that phi3_ref may call, and no more, with
+CuPy 14's own restrictions: what is not an array has no place in `where`'s condition, a batched
+bfloat16 product fails, `argsort` is stable or nothing. `transfers` lists the bytes of every copy to
+the host, those behind `bool()`, `int()` and `float()` included.
+"""
+
+import types
+
+import ml_dtypes
+import numpy as np
+
+transfers = []
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array in "device memory". Operators come from the mixin, by way of `__array_ufunc__`."""
+
+    def __init__(self, host):
+        self._host = host
+        self.device = "stand-in"
+
+    def get(self):
+        transfers.append(self._host.nbytes)
+        return self._host.copy()
+
+    # What CuPy refuses.
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. "
+                        "Please use `.get()` to construct a NumPy array explicitly.")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method != "__call__":
+            raise TypeError(f"CuPy has no {ufunc.__name__}.{method}")
+        if ufunc is np.matmul:
+            return matmul(*inputs, **kwargs)
+        return on_device(ufunc)(*inputs, **kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        ours = globals().get(function.__name__)
+        if ours is None or any(kind is not ndarray for kind in kinds):
+            raise TypeError(f"np.{function.__name__} cannot take {kinds}")
+        return ours(*args, **kwargs)
+
+    # Elements. A basic slice is a view, as in NumPy and CuPy.
+
+    def __getitem__(self, key):
+        return ndarray(np.asarray(self._host[index(key)]))
+
+    def __setitem__(self, key, value):
+        self._host[index(key)] = unwrap(value)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __len__(self):
+        return len(self._host)
+
+    def __bool__(self):
+        return bool(self.get())
+
+    def __int__(self):
+        return int(self.get())
+
+    def __float__(self):
+        return float(self.get())
+
+
+for name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags"):
+    setattr(ndarray, name, property(lambda self, name=name: getattr(self._host, name)))
+
+
+def unwrap(value):
+    """Return what the host computes with: arrays of ours opened, Python's and NumPy's scalars."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(unwrap, value))
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}: a NumPy array among CuPy's")
+    return value._host if isinstance(value, ndarray) else value
+
+
+def index(key):
+    """Return the host's index for one of CuPy's: integers, slices, and arrays of ours."""
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, (np.ndarray, list)):
+            raise TypeError(f"an index of type {type(part)} would be copied to the device")
+    return unwrap(key)
+
+
+def on_device(function):
+    """Return `function`, one of NumPy's, for arrays of ours; the result is always an array."""
+    def call(*args, **kwargs):
+        host = function(*unwrap(args), **{name: unwrap(kwargs[name]) for name in kwargs})
+        return ndarray(np.asarray(host))
+    return call
+
+
+for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", "min", "ravel",
+             "repeat", "reshape", "squeeze", "sum", "transpose", "view"):
+    setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
+ndarray.T = property(ndarray.transpose)
+
+for name in ("arange", "broadcast_to", "concatenate", "cos", "exp", "full", "log", "ones", "sin",
+             "take_along_axis", "zeros"):
+    globals()[name] = on_device(getattr(np, name))
+
+
+def asarray(a, dtype=None):
+    """Copy `a` to the device, unless it is there: the one way in."""
+    if isinstance(a, ndarray):
+        return a if dtype is None else a.astype(dtype, copy=False)
+    return ndarray(np.array(a, dtype))
+
+
+def empty(shape, dtype=float):
+    """Memory holds what was there: here NaN, or a number that no index should be."""
+    dtype = np.dtype(dtype)
+    poison = {"b": True, "i": -(2**30), "u": 255}.get(dtype.kind, np.nan)
+    return ndarray(np.full(shape, poison, dtype))
+
+
+def where(condition, x, y):
+    return on_device(np.where)(condition.astype(bool, copy=False), x, y)  # CuPy's own first step
+
+
+def argsort(a, axis=-1, kind=None):
+    if kind not in (None, "stable"):
+        raise ValueError(f"kind={kind!r}: CuPy sorts stably")
+    return on_device(np.argsort)(a, axis=axis, kind="stable")
+
+
+def matmul(a, b):
+    """Multiply in the arrays' dtype, in 16 bits summed in float32 and rounded once."""
+    a, b = unwrap(a), unwrap(b)
+    dtype = np.result_type(a, b)
+    if dtype == ml_dtypes.bfloat16 and max(a.ndim, b.ndim) > 2:
+        raise TypeError("CuPy 14 has no batched bfloat16 matmul")
+    sums = np.float32 if dtype.itemsize == 2 else dtype
+    product = a.astype(sums, copy=False) @ b.astype(sums, copy=False)
+    return ndarray(np.asarray(product.astype(dtype, copy=False)))
+
+
+def default_rng(seed=None):
+    """NumPy's random numbers, not CuPy's, so that results can be compared."""
+    return types.SimpleNamespace(random=on_device(np.random.default_rng(seed).random))
+
+
+random = types.SimpleNamespace(default_rng=default_rng)
+MEMORY = 2**33, 2**34  # bytes: free, of all
+cuda = types.SimpleNamespace(
+    Device=lambda: types.SimpleNamespace(mem_info=MEMORY),
+    memory=types.SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
+    runtime=types.SimpleNamespace(
+        CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
+        getDeviceCount=lambda: 1, memGetInfo=lambda: MEMORY,
+    ),
+)

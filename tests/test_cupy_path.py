@@ -1,0 +1,356 @@
+"""The CuPy path of phi3_ref, whole, on a stand-in whose arrays refuse to mix with NumPy's.
+
+Everything equals the NumPy backend bit for bit: the stand-in computes with NumPy, and the kernels'
+own arithmetic is tested in test_kernels_on_cpu.py. Here the question is where arrays live.
+"""
+
+import json
+import math
+import pathlib
+import random
+import sys
+
+import cupy_stand_in
+import ml_dtypes
+import numpy as np
+import pytest
+from references import random_case, randomized
+
+import kernels_cuda
+import phi3_ref
+
+PUZZLES = "phi3_tiny_puzzles_en"
+POLICIES = list(phi3_ref.DTYPE_POLICIES)
+SAMPLERS = {
+    "greedy": lambda: phi3_ref.GreedySampler(),
+    "random": lambda: phi3_ref.RandomSampler(seed=1),
+    "top_k": lambda: phi3_ref.TopKSampler(k=4, temperature=1.5, seed=2),
+    "top_p": lambda: phi3_ref.TopPSampler(p=0.9, k=20, seed=3),
+    "beam": lambda: phi3_ref.BeamSampler(num_beams=3),
+}
+PLAIN = dict(vocabulary_size=64, num_layers=2, hidden_dim=24, intermediate_dim=40,
+             num_query_heads=4, num_key_value_heads=2)
+SU = dict(rope_scaling_type="su", pretraining_sequence_length=9, max_sequence_length=36,
+          rope_scaling_short_factor=[1.0, 1.1, 1.3], rope_scaling_long_factor=[1.5, 4.0, 9.0])
+MODELS = {"plain": {}, "su": SU, "window": dict(sliding_window=3),
+          "tied": dict(tie_word_embeddings=True, partial_rotary_factor=0.67)}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Put the stand-in in CuPy's place, checked functions in the kernels'; list their calls."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy_stand_in)
+    cupy_stand_in.transfers.clear()
+    calls = []
+
+    def stand_in_for(name):
+        def kernel(*args, **kwargs):
+            arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype")]
+            assert all(type(a) is cupy_stand_in.ndarray for a in arrays)
+            dtypes = {a.dtype.name for a in arrays} - {"bool"}  # less the padding mask's
+            assert len(dtypes) == 1 and dtypes <= {"float32", "float16", "bfloat16"}
+            assert all(a.strides[-1] == a.itemsize for a in arrays if a.shape[-1] > 1)
+            calls.append(name)
+            return cupy_stand_in.on_device(getattr(phi3_ref, name))(*args, **kwargs)
+
+        return kernel
+
+    for name in ("rms_norm", "attention"):
+        monkeypatch.setattr(kernels_cuda, name, stand_in_for(name))
+    return calls
+
+
+def random_weights(backbone, seed=0):
+    """Weights for `backbone` that tell tokens apart, in the order of `get_weights()`."""
+    rng = np.random.default_rng(seed)
+    weights = [randomized(w.shape, rng, w.shape[0]) for w in backbone.get_weights()]
+    weights[0] = randomized(weights[0].shape, rng, 0.5)
+    if backbone.tie_word_embeddings:
+        weights[1] = weights[0].T
+    return weights
+
+
+def pair(**arguments):
+    """Two backbones alike, on NumPy and on the stand-in."""
+    ours, theirs = (phi3_ref.Phi3Backbone(**{**PLAIN, "seed": 7, **arguments}, backend=backend)
+                    for backend in ("numpy", "cupy"))
+    weights = random_weights(ours)
+    for backbone in (ours, theirs):
+        backbone.set_weights(weights)
+    return ours, theirs
+
+
+def assert_same(on_host, on_device):
+    """The second is on the device, and the first's bits."""
+    assert type(on_host) is np.ndarray
+    assert type(on_device) is cupy_stand_in.ndarray
+    assert on_host.dtype == on_device.dtype
+    np.testing.assert_array_equal(on_host, on_device.get())
+
+
+def batch(*lengths, room=14):
+    """Prompts of these lengths, and room to continue."""
+    token_ids = np.random.default_rng(4).integers(3, 60, (len(lengths), room))
+    mask = np.arange(room) < np.array(lengths)[:, None]
+    return {"token_ids": token_ids * mask, "padding_mask": mask}
+
+
+# The stand-in can fail ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [
+    lambda x, h: x + h,
+    lambda x, h: h + x,
+    lambda x, h: h @ x,
+    lambda x, h: x * np.array(2.0),
+    lambda x, h: np.asarray(x),
+    lambda x, h: np.concatenate([x, h]),
+    lambda x, h: cupy_stand_in.concatenate([x, h]),
+    lambda x, h: cupy_stand_in.exp(h),
+    lambda x, h: x[np.array([0, 1])],
+    lambda x, h: h[x.astype(int)],
+    lambda x, h: x.__setitem__(0, h[0]),
+    lambda x, h: h.__setitem__(0, x[0]),
+    lambda x, h: x.__iadd__(h),
+    lambda x, h: h.__iadd__(x),
+    lambda x, h: np.isin(x, h),
+], ids=range(15))
+def test_the_stand_in_refuses_to_mix(mix):
+    """Every way to bring a NumPy array and one of the device together is a TypeError."""
+    host = np.ones((3, 3), np.float32)
+    with pytest.raises(TypeError):
+        mix(cupy_stand_in.asarray(host), host)
+
+
+def test_the_stand_in_has_cupys_limits():
+    """What CuPy 14 cannot do fails here, too; what it can, works."""
+    x = cupy_stand_in.ones((2, 3, 3), ml_dtypes.bfloat16)
+    with pytest.raises(TypeError):
+        x @ x
+    with pytest.raises(AttributeError):
+        cupy_stand_in.where(True, x, 0)
+    with pytest.raises(ValueError):
+        cupy_stand_in.argsort(x, kind="quicksort")
+    assert (x[0] @ x[0]).dtype == x.dtype
+    y = np.float32(2) * (x[0] + 1) - ml_dtypes.bfloat16(1)
+    assert type(y) is cupy_stand_in.ndarray
+    cupy_stand_in.transfers.clear()
+    assert bool((y == 3).all())
+    assert cupy_stand_in.transfers == [1]
+    assert math.isnan(cupy_stand_in.empty((), np.float32))
+
+
+# The backbone -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_backbone(policy, fused, kernels):
+    """Hidden states and logits of random models and masks; kernels where they are to be used."""
+    for seed in range(4):
+        config, inputs = random_case(random.Random(seed).choice)
+        ours, theirs = pair(**config, dtype=policy, fused=fused)
+        kernels.clear()
+        on_host, on_device = (backbone(inputs) for backbone in (ours, theirs))
+        assert_same(on_host, on_device)
+        L = config["num_layers"] if fused and policy != "float64" else 0
+        assert kernels.count("attention") == L
+        assert kernels.count("rms_norm") == (2 * L + 1 if L else 0)
+        logits = [backbone.token_embedding(x, reverse=True)
+                  for backbone, x in ((ours, on_host), (theirs, on_device))]
+        assert_same(*logits)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_other_checkpoints_need(model):
+    """Su scaling, a sliding window, tied embeddings and a partial rotation."""
+    ours, theirs = pair(**MODELS[model])
+    assert_same(ours(batch(14, 9)), theirs(batch(14, 9)))
+
+
+def test_inputs_may_be_on_the_device():
+    """Token ids and mask that are on the GPU already are taken from there."""
+    ours, theirs = pair()
+    inputs = batch(14, 9)
+    moved = {name: cupy_stand_in.asarray(array) for name, array in inputs.items()}
+    assert_same(ours(inputs), theirs(moved))
+    np.testing.assert_array_equal(ours(moved), ours(inputs))
+
+
+def test_dropout():
+    """The same elements fall out, drawn on the device."""
+    ours, theirs = pair(dropout=0.3)
+    on_host = ours(batch(14, 9), training=True)
+    assert_same(on_host, theirs(batch(14, 9), training=True))
+    assert (on_host != ours(batch(14, 9))).any()
+
+
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_taps(policy):
+    """A tap sees every intermediate on the device, and what it returns is used."""
+    ours, theirs = map(phi3_ref.Phi3CausalLM, pair(dtype=policy))
+    seen = []
+    for causal_lm in (ours, theirs):
+        trace = {}
+
+        def tap(name, array, trace=trace):
+            trace[name] = array
+            return array * 0.5 if name == "transformer_layer_0.attention.scores" else array
+
+        causal_lm(batch(14, 9), tap=tap)
+        seen.append(trace)
+    assert list(seen[0]) == list(seen[1])
+    assert {"logits", "transformer_layer_1.attention.probabilities"} <= seen[0].keys()
+    for name, array in seen[0].items():
+        assert_same(array, seen[1][name])
+
+
+# Weights and presets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_weights(policy):
+    """Random ones are equal; they go to the host and come back, from the host or the device."""
+    ours, theirs = (phi3_ref.Phi3Backbone(**PLAIN, seed=3, dtype=policy, backend=backend)
+                    for backend in ("numpy", "cupy"))
+    assert_same(ours.weights["token_embedding"], theirs.weights["token_embedding"])
+    weights = random_weights(ours)
+    ours.set_weights(weights)
+    theirs.set_weights(list(map(cupy_stand_in.asarray, weights)))
+    cupy_stand_in.transfers.clear()
+    back = theirs.get_weights()
+    assert len(cupy_stand_in.transfers) == len(back)
+    for on_host, on_device in zip(ours.get_weights(), back, strict=True):
+        assert type(on_device) is np.ndarray and on_host.dtype == on_device.dtype
+        np.testing.assert_array_equal(on_host, on_device)
+    assert theirs.count_params() == ours.count_params()
+
+
+def test_tied_weights_are_checked_on_either_side():
+    """With tied embeddings, unequal ones are an error wherever they are."""
+    _, theirs = pair(tie_word_embeddings=True)
+    weights = random_weights(theirs)
+    theirs.set_weights(list(map(cupy_stand_in.asarray, weights)))
+    weights[1] = weights[1] + 1
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        theirs.set_weights(list(map(cupy_stand_in.asarray, weights)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_keras_preset(policy, tmp_path):
+    """What the device saves, the host loads, and the other way round."""
+    ours, theirs = pair(dtype=policy)
+    for name, backbone in (("ours", ours), ("theirs", theirs)):
+        backbone.save_to_preset(tmp_path / name)
+    for name in ("ours", "theirs"):
+        on_host, on_device = (
+            phi3_ref.Phi3Backbone.from_preset(tmp_path / name, dtype=policy, backend=backend)
+            for backend in ("numpy", "cupy"))
+        assert_same(on_host(batch(14, 9)), on_device(batch(14, 9)))
+        assert_same(ours(batch(14, 9)), on_device(batch(14, 9)))
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_huggingface_directory(stored, tmp_path):
+    """A Hugging Face directory in either dtype, su scaling and all."""
+    from safetensors.numpy import save_file
+
+    ours, _ = pair(**SU, dtype=stored)
+    save_file(dict(ours.huggingface_tensors(ours.weights)), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type="phi3", vocab_size=64, num_hidden_layers=2, hidden_size=24,
+        intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+        max_position_embeddings=36, original_max_position_embeddings=9,
+        rope_scaling=dict(type="longrope", short_factor=SU["rope_scaling_short_factor"],
+                          long_factor=SU["rope_scaling_long_factor"]))))
+    loaded = phi3_ref.Phi3CausalLM.from_preset(tmp_path, dtype=stored, backend="cupy")
+    assert_same(ours(batch(14, 9)), loaded.backbone(batch(14, 9)))
+    with pytest.raises(ValueError):  # and a failed load leaves it as it was
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        phi3_ref.load_weights_from(phi3_ref.Preset(tmp_path), loaded.backbone)
+    assert_same(ours(batch(14, 9)), loaded.backbone(batch(14, 9)))
+
+
+# Generation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_generation(model, sampler):
+    """The same tokens; per token, at most one copy to the host, of 8 bytes per row."""
+    inputs, results = batch(5, 3, 8), []
+    for causal_lm in map(phi3_ref.Phi3CausalLM, pair(**MODELS[model])):
+        causal_lm.compile(sampler=SAMPLERS[sampler]())
+        results.append(causal_lm.generate(inputs, stop_token_ids=[11]))
+    on_host, on_device = results
+    for name in on_host:
+        assert type(on_device[name]) is np.ndarray
+        np.testing.assert_array_equal(on_host[name], on_device[name])
+    rows = 3 * (3 if sampler == "beam" else 1)
+    assert 0 < len(cupy_stand_in.transfers) <= 14 - 3
+    assert max(cupy_stand_in.transfers) <= 8 * rows
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_generation_in_every_policy(policy, fused):
+    """Cached decoding in each dtype: the same tokens and the same next logits."""
+    inputs, results = batch(5, 3), []
+    for causal_lm in map(phi3_ref.Phi3CausalLM, pair(**SU, dtype=policy, fused=fused)):
+        causal_lm.compile(sampler="greedy")
+        token_ids = causal_lm.generate(inputs, stop_token_ids=None)["token_ids"]
+        logits, cache = causal_lm.next_logits(token_ids, 12, None)
+        logits, cache = causal_lm.next_logits(token_ids, 13, cache)
+        results.append((token_ids, logits, cache.arrays[:, :, :, :13]))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert_same(results[0][1], results[1][1])
+    assert_same(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_preset_answers_in_text(sampler):
+    """The embedded preset's answers, whole and as a stream."""
+    text = "<|user|>\nreverse: cat<|end|>\n<|assistant|>\n"
+    answers = []
+    for backend in ("numpy", "cupy"):
+        causal_lm = phi3_ref.Phi3CausalLM.from_preset(PUZZLES, backend=backend)
+        causal_lm.compile(sampler=SAMPLERS[sampler]())
+        answers.append([causal_lm.generate(text, max_length=30, strip_prompt=True),
+                        causal_lm.generate([text, text[:-9]], max_length=30)])
+        if sampler != "beam":
+            answers[-1].append("".join(causal_lm.stream(text, max_length=30)))
+    assert answers[0] == answers[1]
+
+
+def test_the_command_line(capsys):
+    """`--backend cupy` prints what `--backend numpy` does."""
+    for backend in ("numpy", "cupy"):
+        phi3_ref.main(["reverse: cat", "--backend", backend, "--dtype", "bfloat16"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+# No GPU -------------------------------------------------------------------------------------------
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch):
+    """`backend="cupy"` without CuPy is an ImportError with the command."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match="pip install"):
+        phi3_ref.Phi3Backbone(**PLAIN, backend="cupy")
+
+
+def test_without_a_gpu_the_error_says_so(monkeypatch):
+    """`backend="cupy"` without a GPU or a driver is an error that says so."""
+    def no_device():
+        raise cupy_stand_in.cuda.runtime.CUDARuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(cupy_stand_in.cuda.runtime, "getDeviceCount", no_device)
+    with pytest.raises(RuntimeError, match="NVIDIA GPU"):
+        phi3_ref.Phi3Backbone(**PLAIN, backend="cupy")
+
+
+def test_the_model_never_imports_cupy_by_itself():
+    """No file but the kernels' names CuPy outside of a function."""
+    source = pathlib.Path(phi3_ref.__file__).read_text(encoding="utf-8")
+    assert "\nimport cupy" not in source and "\nimport kernels_cuda" not in source
