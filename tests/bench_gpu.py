@@ -1,0 +1,531 @@
+"""Times the CUDA kernels and the whole model: `python tests/bench_gpu.py`, `--quick` for less.
+
+Prints one markdown table: what was measured, our rate, the hardware's limit (measured first, in the
+same run), the same work done by others, and the target. Every result, ours and theirs, is compared
+with `phi3_ref.textbook_attention` or the formula in float32 before it is timed, on outputs that
+held NaN: a wrong one prints WRONG and the exit code is 1. Without a GPU it is 2.
+
+How it is timed. The calls of one measurement take turns on several sets of random inputs, together
+much larger than the GPU's L2 cache, and are recorded as one CUDA graph, so that Python's time is
+not in it. CUDA events stand before and after each replay; the median of many counts, divided by the
+number of calls. The whole model is timed as its users call it, through `generate`.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import kernels_cuda
+import phi3_ref
+
+
+def optional(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+cupy, torch, transformers = map(optional, ("cupy", "torch", "transformers"))
+DEVICE = "cuda"  # PyTorch's
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+TOLERANCE = 2e-2  # bfloat16's in design and tests: max|result - exact| / max|exact|
+MODEL_TOLERANCE = 0.1  # 32 layers of roundings to 8 bits; a wrong layer gives about 1
+HEADS = [(32, 32, 96), (32, 32, 128), (40, 10, 96), (40, 10, 128)]  # H, K, C
+PHI3_MINI = dict(vocabulary_size=32064, num_layers=32, hidden_dim=3072, intermediate_dim=8192,
+                 num_query_heads=32, num_key_value_heads=32, layer_norm_epsilon=1e-5)
+failures = []
+
+
+# What there is to do. By hand: 1024 queries see 1024 x 1025 / 2 = 524,800 keys; x 4 C = 384 x 32
+# heads = 6,448,742,400 operations. 4096 keys and values of 32 x 96, and query and result, in 2
+# bytes: 2 x 2 x (4096 x 3072 + 3072) = 50,343,936. RMSNorm [8192, 3072]: 2 x 2 x 25,165,824 +
+# 6,144 = 100,669,440. A layer of Phi-3-mini: 9216 x 3072 + 3072 x 3072 + 3 x 8192 x 3072 =
+# 113,246,208 weights, 32 of them 3,623,878,656; an embedding 32064 x 3072 = 98,500,608; norms 65 x
+# 3072 = 199,680. A decoding step reads all but one embedding: 2 x 3,722,578,944 = 7,445,157,888
+# bytes (cached keys are not counted). Prefill of 3968: 2 x 3,623,878,656 x 3968 + 2 x 98,500,608 +
+# 32 x 96,761,806,848 = 31,855,675,834,368 operations.
+
+def attention_operations(S, H, C):
+    return S * (S + 1) // 2 * 4 * C * H
+
+
+def decode_bytes(T, H, K, C):
+    return 2 * 2 * (T * K * C + H * C)
+
+
+def rms_norm_bytes(rows, D):
+    return 2 * 2 * rows * D + 2 * D
+
+
+def model_parameters(vocabulary_size, num_layers, hidden_dim, intermediate_dim, **_):
+    """Returns the weights of the layers' matrices (K is H), of one embedding, and of all norms."""
+    D, F = hidden_dim, intermediate_dim
+    return num_layers * (4 * D + 3 * F) * D, vocabulary_size * D, (2 * num_layers + 1) * D
+
+
+def decode_step_bytes():
+    return 2 * sum(model_parameters(**PHI3_MINI))
+
+
+def prefill_operations(S):
+    matrices, embedding, _ = model_parameters(**PHI3_MINI)
+    return 2 * (matrices * S + embedding) + 32 * attention_operations(S, 32, 96)
+
+
+# Inputs and checks --------------------------------------------------------------------------------
+
+def has_torch():
+    return torch is not None and torch.cuda.is_available()
+
+
+def absent():
+    return "absent" if torch is None else "absent (this torch has no CUDA)"
+
+
+def random_array(*shape):
+    return cupy.random.standard_normal(shape, dtype=np.float32).astype(BF16)
+
+
+def input_sets(make, nbytes):
+    """Returns inputs made so often that they exceed four times the L2 cache, and at least twice."""
+    cache = cupy.cuda.Device().attributes["L2CacheSize"]
+    return [make() for _ in range(max(2, math.ceil(4 * cache / nbytes)))]
+
+
+def to_torch(array):
+    """Returns the same memory as a tensor; bfloat16 crosses as int16."""
+    return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+
+
+def on_host(result):
+    """Returns CuPy's or PyTorch's result as a NumPy array in float32."""
+    if cupy is not None and isinstance(result, cupy.ndarray):
+        return result.get().astype(np.float32)
+    return result.float().cpu().numpy()
+
+
+def error_of(result, exact):
+    """Returns max|result - exact| / max|exact|; NaN gives infinity."""
+    error = np.abs(result - exact).max() / np.abs(exact).max()
+    return float(error) if np.isfinite(error) else math.inf
+
+
+def attention_error(inputs, result):
+    """Compares the first and the last 64 queries of the first and last group of heads."""
+    (_, S, H, _), (T, K) = inputs[0].shape, inputs[1].shape[1:3]
+    worst, G = 0.0 if np.isfinite(result).all() else math.inf, H // K
+    for k in {0, K - 1}:
+        for start in {0, max(0, S - 64)}:
+            stop, heads = min(start + 64, S), slice(k * G, (k + 1) * G)
+            query = on_host(inputs[0][:, start:stop, heads])
+            key, value = (on_host(x[:, :T - S + stop, k:k + 1]) for x in inputs[1:])
+            exact = phi3_ref.textbook_attention(query, key, value)
+            worst = max(worst, error_of(result[:, start:stop, heads], exact))
+    return worst
+
+
+def rms_norm_error(inputs, result):
+    x, scale = map(on_host, inputs)
+    exact = phi3_ref.rms_norm(x[::97], scale, 1e-5)
+    return error_of(result[::97], exact) if np.isfinite(result).all() else math.inf
+
+
+def on_poison(function, inputs):
+    """Runs twice: the second result gets the memory of the first, filled with NaN in between."""
+    result = function(*inputs)
+    if isinstance(result, cupy.ndarray):
+        result.view(np.int16).fill(-1)
+    else:
+        result.view(torch.int16).fill_(-1)
+    del result
+    return function(*inputs)
+
+
+# Timing -------------------------------------------------------------------------------------------
+
+def median_seconds(run, repeats=50):
+    """Returns the median seconds of `run` between two events on CuPy's current stream."""
+    for _ in range(3):
+        run()
+    pairs = []
+    for _ in range(repeats):
+        pairs.append((cupy.cuda.Event(), cupy.cuda.Event()))
+        pairs[-1][0].record()
+        run()
+        pairs[-1][1].record()
+    pairs[-1][1].synchronize()
+    return statistics.median(cupy.cuda.get_elapsed_time(*pair) for pair in pairs) / 1e3
+
+
+def time_ours(calls):
+    """Returns the seconds of one of the calls, recorded in turn into one CUDA graph."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        kept = [call() for call in calls]  # compiles; the stream's pool then has all its memory
+        stream.synchronize()
+        del kept
+        stream.begin_capture()
+        kept = [call() for call in calls]  # each has an output of its own
+        graph = stream.end_capture()
+        return median_seconds(graph.launch) / len(kept)
+
+
+def time_torch(calls):
+    """The same, of calls of PyTorch."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        kept = [call() for call in calls]
+    torch.cuda.synchronize()
+    del kept
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        return median_seconds(graph.replay) / len(kept)
+
+
+def time_plain(calls):
+    """The same, one by one: for calls so long that launching them takes no time."""
+    return median_seconds(lambda: [call() for call in calls], 20) / len(calls)
+
+
+def rate(name, amount, timer, function, sets, error, given=None):
+    """Checks `function` on the first and last input set, then times it.
+
+    `given` are the sets as CuPy's arrays where `sets` are PyTorch's. Returns `amount` per second,
+    or in words what is wrong.
+    """
+    try:
+        for i in (0, -1):
+            found = error((given or sets)[i], on_host(on_poison(function, sets[i])))
+            if not found <= TOLERANCE:
+                return wrong(name, found)
+        return amount / timer([functools.partial(function, *inputs) for inputs in sets])
+    except Exception as problem:  # one that fails does not hide the others
+        return failed(name, problem)
+
+
+def wrong(name, found):
+    failures.append(f"WRONG {name}: error {found:.1e}")
+    return f"WRONG (error {found:.1e})"
+
+
+def failed(name, problem):
+    """Says what was raised, in a few words; only our own failure is one of this script."""
+    words = " ".join(f"{type(problem).__name__} {problem}".split()).replace("|", "/")
+    if not name.startswith("peer"):
+        failures.append(f"FAILED {name}: {words}")
+    return f"failed: {words[:60]}"
+
+
+# The table ----------------------------------------------------------------------------------------
+
+def row(what, unit, scale, ours, limit=None, peers=None, share=None, beat=None):
+    """Prints one measurement; `ours`, `limit`, `peers` are rates per second, or say what is wrong.
+
+    `share` of the limit is to be reached; `beat` is (peer, how many times as fast to be).
+    """
+    def text(x):
+        return x if isinstance(x, str) else f"{x / scale:.4g}"
+
+    def ratio(x, y):
+        return None if isinstance(x, str) or isinstance(y, str) or y is None else x / y
+
+    def against(theirs):
+        return text(theirs) + (f" ({ratio(ours, theirs):.2f} x)" if ratio(ours, theirs) else "")
+
+    peers = peers or {}
+    wanted, reached = [], []
+    if share:
+        wanted.append(f"{share:.0%} of the limit")
+        reached.append(ratio(ours, limit) and ratio(ours, limit) >= share)
+    if beat:
+        wanted.append(f"{beat[1]:g} x {beat[0]}")
+        times = ratio(ours, peers[beat[0]])
+        reached.append(times and times >= beat[1])
+    words = ["not measured" if x is None else "yes" if x else "NO" for x in reached]
+    of_limit = ratio(ours, limit)
+    print("|", " | ".join([
+        what, unit, text(ours), "" if limit is None else text(limit),
+        f"{of_limit:.1%}" if of_limit else "",
+        ", ".join(f"{name}: {against(theirs)}" for name, theirs in peers.items()) or "",
+        ", ".join(wanted), ", ".join(words)]), "|", flush=True)
+    cupy.get_default_memory_pool().free_all_blocks()
+    if has_torch():
+        torch.cuda.empty_cache()
+
+
+def bench_limits():
+    """Measures what the hardware can do; returns bytes per second and operations per second."""
+    buffers = [random_array(1 << 29) for _ in range(4)]
+
+    def copy(source, target):
+        target.data.copy_from_device_async(source.data, source.nbytes)
+        return target
+
+    pairs = [(buffers[0], buffers[1]), (buffers[2], buffers[3])]
+    copied = rate("copy", 2 * buffers[0].nbytes, time_plain, copy, pairs,
+                  lambda inputs, result: error_of(result[::999], on_host(inputs[0][::999])))
+    row("device-to-device copy, 1 GiB, read and written", "GB/s", 1e9, copied)
+    del buffers, pairs
+    N = 8192
+    sets = [(random_array(N, N), random_array(N, N)) for _ in range(2)]
+
+    def error(inputs, result):
+        return error_of(result[:32], on_host(inputs[0][:32]) @ on_host(inputs[1]))
+
+    products = {"CuPy": rate("matmul", 2 * N**3, time_plain, cupy.matmul, sets, error)}
+    if has_torch():
+        theirs = [tuple(map(to_torch, inputs)) for inputs in sets]
+        products["torch"] = rate("peer", 2 * N**3, time_plain, torch.matmul, theirs, error, sets)
+    found = [x for x in products.values() if not isinstance(x, str)]
+    if isinstance(copied, str) or not found:
+        sys.exit(f"The limits could not be measured: {copied}, {products}")
+    ours = products.pop("CuPy")
+    row(f"bf16 matrix product, {N} x {N} x {N}, CuPy (cuBLAS)", "TFLOP/s", 1e12, ours, None,
+        products)
+    return copied, max(found)
+
+
+def bench_rms_norm(copied):
+    rows, D = 8192, 3072
+    amount = rms_norm_bytes(rows, D)
+    sets = input_sets(lambda: (random_array(rows, D), random_array(D)), amount)
+    ours = rate("RMSNorm", amount, time_ours, lambda *inputs: kernels_cuda.rms_norm(*inputs, 1e-5),
+                sets, rms_norm_error)
+    peers = {"torch rms_norm": absent()}
+    if has_torch():
+        peers["torch rms_norm"] = rate(
+            "peer", amount, time_torch,
+            lambda x, scale: torch.nn.functional.rms_norm(x, (D,), scale, 1e-5),
+            [tuple(map(to_torch, inputs)) for inputs in sets], rms_norm_error, sets)
+    row(f"RMSNorm [{rows}, {D}]", "GB/s", 1e9, ours, copied, peers, share=0.9)
+
+
+def torch_attention(name, amount, backend, sets):
+    """Returns the rate of one of PyTorch's attention backends on the same inputs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    (_, S, H, _), (_, T, K, _) = sets[0][0].shape, sets[0][1].shape
+
+    def call(query, key, value, **kwargs):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=S == T, **kwargs).transpose(1, 2)
+
+    theirs = [tuple(to_torch(x).transpose(1, 2) for x in inputs) for inputs in sets]  # [B, H, S, C]
+    if H == K:
+        return rate(name, amount, time_torch, call, theirs, attention_error, sets)
+    found = rate(name, amount, time_torch, functools.partial(call, enable_gqa=True), theirs,
+                 attention_error, sets)
+    if isinstance(found, str) and found.startswith("failed"):  # it wants the keys of every head
+        theirs = [(q, *(x.repeat_interleave(H // K, 1) for x in kv)) for q, *kv in theirs]
+        found = rate(name, amount, time_torch, call, theirs, attention_error, sets)
+    return found
+
+
+def bench_attention(S, T, H, K, C, limit):
+    """Prefill where S is T, decode where it is 1."""
+    def make():
+        return random_array(1, S, H, C), random_array(1, T, K, C), random_array(1, T, K, C)
+
+    nbytes = decode_bytes(T, H, K, C) + 2 * 2 * (S - 1) * H * C
+    amount = nbytes if S == 1 else attention_operations(S, H, C)
+    sets = input_sets(make, nbytes)
+    what = f"{'decode' if S == 1 else 'prefill'} attention, {T:,} keys, H/K {H}/{K}, C {C}"
+    ours = rate(what, amount, time_ours, kernels_cuda.attention, sets, attention_error)
+    peers = {name: torch_attention(f"peer {name}", amount, backend, sets)
+             if has_torch() else absent()
+             for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION"))}
+    if S == 1:
+        row(what, "GB/s", 1e9, ours, limit, peers, share=0.85)
+    else:
+        row(what, "TFLOP/s", 1e12, ours, limit, peers, beat=("flash", 1) if S >= 4096 else None)
+
+
+# The whole model ----------------------------------------------------------------------------------
+
+def our_model():
+    """Returns Phi-3-mini with random weights drawn on the GPU."""
+    backbone = phi3_ref.Phi3Backbone(**PHI3_MINI, dtype="bfloat16", backend="cupy")
+
+    def draw(shape, stddev):
+        if stddev is None:
+            return cupy.ones(shape, BF16)
+        return (cupy.random.standard_normal(shape, dtype=np.float32) * stddev).astype(BF16)
+
+    backbone.weights = backbone.build_weights(draw)
+    model = phi3_ref.Phi3CausalLM(backbone)
+    model.compile(sampler="greedy")
+    return model
+
+
+def exact_logits(ours, token_ids):
+    """Returns the last position's logits from the same weights, in float32, step by step."""
+    exact = phi3_ref.Phi3Backbone(**PHI3_MINI, dtype="float32", backend="cupy", fused=False)
+    weights = exact.empty_weights()
+    for (_, to), (_, from_) in zip(exact.huggingface_tensors(weights),
+                                   ours.backbone.huggingface_tensors(ours.backbone.weights),
+                                   strict=True):
+        to[...] = from_.astype(np.float32)
+    exact.weights = weights
+    return on_host(phi3_ref.Phi3CausalLM(exact)({"token_ids": token_ids})[:, -1])
+
+
+def their_model(ours):
+    """Returns transformers' model with the same weights."""
+    c = PHI3_MINI
+    config = transformers.Phi3Config(
+        vocab_size=c["vocabulary_size"], hidden_size=c["hidden_dim"],
+        intermediate_size=c["intermediate_dim"], num_hidden_layers=c["num_layers"],
+        num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=c["layer_norm_epsilon"])
+    with torch.device(DEVICE):
+        model = transformers.Phi3ForCausalLM(config).eval().to(torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, array in ours.backbone.huggingface_tensors(ours.backbone.weights):
+            parameters.pop(name).copy_(to_torch(array))
+    assert not parameters, f"not set: {list(parameters)}"
+    model.generation_config.eos_token_id = None  # it must not stop early
+    return model
+
+
+def bench_model(copied, multiplied):
+    prompt, short, new = 3968, 128, 128
+    rng = np.random.default_rng()
+    tokens = rng.integers(3, 32000, (1, prompt + 1))
+    names = "transformers eager", "transformers compiled, static cache"
+    peers = {name: "absent" if transformers is None else absent() for name in names}
+    prefill, decode = dict(peers), dict(peers)
+
+    def seconds(generate):
+        """Returns the seconds of the prompt, and of one token after a short prompt."""
+        first, one, many = (median_seconds(functools.partial(generate, *lengths), 9)
+                            for lengths in ((prompt, 1), (short, 1), (short, 1 + new)))
+        return first, (many - one) / new
+
+    def measure(name, model_logits, generate):
+        """Returns the rates of prefill and decode, in tokens per second, or what is wrong."""
+        try:
+            found = error_of(model_logits(), exact)
+            if not found <= MODEL_TOLERANCE:
+                return [wrong(name, found)] * 2
+            print(f"{name}: error of the logits {found:.1e}", file=sys.stderr)
+            first, each = seconds(generate)
+            return prompt / first, 1 / each
+        except Exception as problem:
+            return [failed(name, problem)] * 2
+
+    model = our_model()
+    exact = exact_logits(model, tokens[:, :64])
+    cupy.get_default_memory_pool().free_all_blocks()
+
+    def our_generate(length, count):
+        mask = np.arange(length + count)[None] < length
+        ids = np.where(mask, np.resize(tokens, mask.shape), 0)
+        model.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=None)
+
+    ours = measure("the model",
+                   lambda: on_host(model({"token_ids": tokens[:, :64]})[:, -1]), our_generate)
+    if has_torch() and transformers is not None:
+        ids = torch.from_numpy(tokens).to(DEVICE)
+        their = functools.cache(lambda: their_model(model))
+
+        def their_generate(length, count, **kwargs):
+            with torch.inference_mode():
+                their().generate(ids[:, :length], attention_mask=torch.ones_like(ids[:, :length]),
+                                 max_new_tokens=count, do_sample=False, pad_token_id=0, **kwargs)
+            torch.cuda.synchronize()
+
+        def their_logits():
+            with torch.inference_mode():
+                return on_host(their()(ids[:, :64], use_cache=False).logits[:, -1])
+
+        for name, kwargs in zip(names, ({}, {"cache_implementation": "static"}), strict=True):
+            prefill[name], decode[name] = measure(
+                f"peer {name}", their_logits, functools.partial(their_generate, **kwargs))
+    share = prefill_operations(prompt) / prompt / multiplied
+    row(f"Phi-3-mini bf16, prefill of {prompt:,} tokens", "tokens/s", 1, ours[0], 1 / share,
+        prefill)
+    row(f"Phi-3-mini bf16, decode after {short} tokens, {new} tokens", "tokens/s", 1, ours[1],
+        copied / decode_step_bytes(), decode, share=0.6, beat=(names[0], 5))
+
+
+# The command line ---------------------------------------------------------------------------------
+
+def why_no_gpu():
+    """Returns why nothing can be measured here, or None."""
+    if cupy is None:
+        return "CuPy is not installed"
+    try:
+        return None if cupy.cuda.runtime.getDeviceCount() else "the driver reports none"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return str(error)
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def print_machine():
+    try:
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], check=True,
+            capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    runtime = cupy.cuda.runtime
+    print(f"\nGPU: {runtime.getDeviceProperties(0)['name'].decode()}, driver {driver}, CUDA "
+          f"{runtime.driverGetVersion()} (driver), {runtime.runtimeGetVersion()} (runtime)")
+    cupy_name = next((name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+                      if version(name) != "absent"), "cupy")
+    print(", ".join(f"{name} {version(name)}" for name in (
+        cupy_name, "numpy", "torch", "transformers", "triton", "flash-attn")))
+    print(datetime.datetime.now().astimezone().isoformat(timespec="minutes"))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true",
+                        help="leave out the whole model and 128k keys")
+    quick = parser.parse_args(arguments).quick
+    reason = why_no_gpu()
+    if reason:
+        print(f"no CUDA device: {reason}")
+        return 2
+    print("| measurement | unit | ours | limit | ours / limit | peers (ours / theirs) | target "
+          "| reached |\n|---|---|---|---|---|---|---|---|")
+    copied, multiplied = bench_limits()
+    bench_rms_norm(copied)
+    for H, K, C in HEADS:
+        for S in (1024, 4096, 16384):
+            bench_attention(S, S, H, K, C, multiplied)
+    for H, K, C in HEADS:
+        for T in (4096, 16384, 32768) + (131072,) * (not quick):
+            bench_attention(1, T, H, K, C, copied)
+    if not quick:
+        bench_model(copied, multiplied)
+    for failure in failures:
+        print(f"\n{failure}")
+    print_machine()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

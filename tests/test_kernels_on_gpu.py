@@ -1,0 +1,172 @@
+"""The CUDA kernels and the CuPy backend on a GPU: what test_kernels_on_cpu.py asserts, and more."""
+
+import random
+
+import numpy as np
+import pytest
+import references as ref
+import test_kernels_on_cpu as on_cpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels_cuda
+import phi3_ref
+
+try:
+    import cupy
+except ImportError:
+    cupy = None
+
+pytestmark = pytest.mark.gpu
+DTYPES = on_cpu.DTYPES
+HEADS = [(32, 32, 96), (32, 32, 128), (40, 10, 96), (40, 10, 128)]  # H, K, C
+
+
+def to_gpu(array):
+    """Returns a NumPy array on the GPU with its strides, and its place in what it is a view of."""
+    if array is None:
+        return None
+    base = array
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    memory = cupy.asarray(base.reshape(-1).view(np.uint8)).data
+    offset = array.ctypes.data - base.ctypes.data
+    return cupy.ndarray(array.shape, array.dtype, memory + offset, array.strides)
+
+
+def run(inputs):
+    """Returns the kernels' result, from memory that held NaN, as a NumPy array."""
+    query, key, value, mask, window = inputs
+    arrays = [to_gpu(array) for array in (query, key, value, mask)]
+    poison = cupy.empty(query.shape, query.dtype)
+    poison.view(np.uint8).fill(0xFF)
+    del poison
+    result = kernels_cuda.attention(*arrays, window)
+    assert result.dtype == query.dtype and result.flags.c_contiguous
+    return result.get()
+
+
+def check(case):
+    """Compares one case with the formulas in float64, as on the CPU."""
+    inputs = case.inputs()
+    result, (exact, tolerance) = run(inputs), on_cpu.expected(case, inputs)
+    assert ref.relative_error(result, exact) <= tolerance
+    assert not np.asarray(result, "float64")[~exact.any(-1)].any(), "a row that sees no key"
+
+
+@pytest.mark.parametrize("few_queries", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_around_every_edge(dtype, few_queries):
+    layouts = ("dense", "fused", "cache", "unaligned")
+    dims = [1, 8, 24, 64, 80, 96, 97, 128, 160, 192, 256, 300]
+
+    @settings(max_examples=ref.examples(150))
+    @given(on_cpu.cases(dtype, dims, few_queries, layouts))
+    def all_equal(case):
+        check(case)
+
+    all_equal()
+
+
+@pytest.mark.parametrize("H, K, C", HEADS)
+@pytest.mark.parametrize("S, T, mask, window", [
+    (1024, 1024, "none", None), (4096, 4096, "none", None), (4096, 4096, "left", 1000),
+    (1000, 4096, "random", None), (1, 4096, "none", None), (4, 4095, "left", 2047)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_at_real_shapes(dtype, S, T, mask, window, H, K, C):
+    """The first, middle and last 32 queries of the first and the last group of heads."""
+    case = on_cpu.Case(dtype, 1, S, T, K, H // K, C, mask, window, layout="fused")
+    query, key, value, mask, _ = inputs = case.inputs()
+    result = run(inputs).astype("float64")
+    assert np.isfinite(result).all()
+    for k in (0, K - 1):
+        heads = slice(k * H // K, (k + 1) * H // K)
+        for start in sorted({0, S // 2, max(0, S - 32)}):
+            rows = slice(start, min(start + 32, S))
+            end = T - S + rows.stop
+            part = (query[:, rows, heads], key[:, :end, k:k + 1], value[:, :end, k:k + 1],
+                    None if mask is None else mask[:, :end], window)
+            exact, tolerance = on_cpu.expected(case, part)
+            assert ref.relative_error(result[:, rows, heads], exact) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [
+    (1, 1), (3, 7), (5, 96), (2, 3, 129), (1, 3072), (4096, 3072), (4, 5120), (2, 8193),
+    (2, 16384), (3, 20000)])
+def test_rms_norm(dtype, shape):
+    rng = np.random.default_rng(shape[-1])
+    x = rng.normal(size=(*shape[:-1], shape[-1] + 8)).astype(ref.NUMPY_DTYPE[dtype])
+    scale = rng.uniform(0.5, 1.5, shape[-1]).astype(x.dtype)
+    for part in (x[..., :-8], x[..., 8:], x[..., 1:-7], x[..., :-8].copy()):
+        y = kernels_cuda.rms_norm(to_gpu(part), to_gpu(scale), 1e-6).get()
+        assert y.dtype == x.dtype and y.shape == shape
+        exact = ref.exact_rms_norm(part, scale, 1e-6)
+        assert ref.relative_error(y, exact) <= ref.EPSILON[dtype] / 2 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S, T", [(1, 4096), (3, 2000), (777, 2000), (2048, 2048)])
+def test_same_bits_every_time(dtype, S, T):
+    inputs = on_cpu.Case(dtype, 2, S, T, 10, 4, 96, "left", 1500, layout="fused").inputs()
+    first, *others = (run(inputs).tobytes() for _ in range(3))
+    assert others == [first, first]
+    x, scale = (to_gpu(inputs[0][i].reshape(-1, 96)[:n]) for i, n in ((0, None), (1, 1)))
+    first, *others = (kernels_cuda.rms_norm(x, scale[0], 1e-6).get().tobytes() for _ in range(3))
+    assert others == [first, first]
+
+
+def test_arrays_of_the_host_are_refused():
+    arrays = on_cpu.arrays()
+    with pytest.raises(TypeError, match=r"query.*cupy.ndarray.*numpy"):
+        kernels_cuda.attention(**arrays)
+    arrays["query"] = to_gpu(arrays["query"])
+    with pytest.raises(TypeError, match=r"key.*cupy.ndarray.*numpy"):
+        kernels_cuda.attention(**arrays)
+
+
+@pytest.mark.filterwarnings("ignore:The sequence outgrows")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backbone(dtype, fused):
+    """The same random weights, on CuPy and on NumPy."""
+    real = dict(vocabulary_size=101, num_layers=3, hidden_dim=384, intermediate_dim=512,
+                num_query_heads=4, num_key_value_heads=2, seed=0)
+    cases = [(real, {"token_ids": np.random.default_rng(0).integers(0, 101, (2, 300))})]
+    cases += [ref.random_case(random.Random(seed).choice, num_layers=3) for seed in range(10)]
+    for config, inputs in cases:
+        numpys = phi3_ref.Phi3Backbone(**{"seed": 1, **config}, dtype=dtype)
+        cupys = phi3_ref.Phi3Backbone(
+            **{"seed": 1, **config}, dtype=dtype, backend="cupy", fused=fused)
+        ours, reference = cupys(inputs), numpys(inputs)
+        assert isinstance(ours, cupy.ndarray) and ours.dtype == reference.dtype
+        mask = inputs.get("padding_mask")
+        if mask is None or mask.any():
+            error = ref.relative_error(ours.get(), reference, mask)
+            assert error <= ref.TOLERANCE[dtype], config
+
+
+@settings(max_examples=ref.examples(5))
+@given(st.integers(0, 99))
+def test_greedy_generation_is_equal_token_for_token(seed):
+    """Prompts of two lengths; float32."""
+    rng, generated = np.random.default_rng(seed), []
+    mask = np.arange(80) < np.array([[20], [33]])
+    ids = rng.integers(0, 200, mask.shape) * mask
+    for backend in ("numpy", "cupy"):
+        model = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(
+            200, 3, 384, 512, 4, 2, seed=seed, backend=backend))
+        model.compile(sampler="greedy")
+        generated.append(model.generate({"token_ids": ids, "padding_mask": mask},
+                                        stop_token_ids=None)["token_ids"])
+    assert np.array_equal(*generated)
+
+
+def test_embedded_preset_answers_alike():
+    prompts = [f"<|user|>\n{text}<|end|>\n<|assistant|>\n" for text in ("12 + 34", "sort 3 1 2")]
+    answers = []
+    for backend in ("numpy", "cupy"):
+        model = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en", backend=backend)
+        model.compile(sampler="greedy")
+        answers.append(model.generate(prompts, max_length=64))
+    assert answers[0] == answers[1]
