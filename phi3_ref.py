@@ -386,7 +386,7 @@ def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attent
 
     Args:
         x: [B, S, D].
-        pre_attention_layernorm: [D], and so is `post_attention_layernorm`.
+        pre_attention_layernorm: [D].
         qkv: [(H + 2K)C, D], the query, key and value weights as one product.
         attention_output: [D, HC].
         post_attention_layernorm: [D].
