@@ -102,8 +102,12 @@ def linear(x, weight):
     memory in order, and because Hugging Face's files hold it so.
     """
     rows = x.reshape(-1, x.shape[-1])
-    # A GPU's tensor cores do what `matmul` does, without the copies.
-    product = matmul(rows, weight.T) if get_array_module(x) is np else rows @ weight.T
+    if get_array_module(x) is not np or x.dtype.itemsize > 2:
+        product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
+    else:  # upcast in pieces that stay in cache: bfloat16 decodes 3 times faster than in one
+        rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
+        for start in range(0, len(weight), 128):
+            product[:, start : start + 128] = rows @ upcast(weight[start : start + 128]).T
     return product.reshape(*x.shape[:-1], len(weight))
 
 
