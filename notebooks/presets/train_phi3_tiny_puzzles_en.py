@@ -6,7 +6,7 @@ A Phi-3 of 0.9 million parameters learns three kinds of question, each a differe
     Reverse planet       ->  tenalp    (2 to 8 lower-case letters)
     Sort planet          ->  aelnpt
 
-It is built and trained with KerasHub and saved as a Keras preset beside this file. About one hour
+It is built and trained with KerasHub and saved as a Keras preset beside this file. Half an hour
 on two CPU cores. Needs tests/requirements.txt; TensorFlow is its fastest backend here.
 """
 
