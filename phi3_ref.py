@@ -168,9 +168,9 @@ def textbook_rms_norm(x, scale, epsilon):
 
     Source: https://arxiv.org/abs/1910.07467; KerasHub's `Phi3LayerNorm`.
     """
-    x32 = upcast(x)
-    mean_square = (x32 * x32).mean(axis=-1, keepdims=True)
-    return (x32 / (mean_square + epsilon) ** 0.5 * upcast(scale)).astype(x.dtype, copy=False)
+    wide_x = upcast(x)
+    mean_square = (wide_x * wide_x).mean(axis=-1, keepdims=True)
+    return (wide_x / (mean_square + epsilon) ** 0.5 * upcast(scale)).astype(x.dtype, copy=False)
 
 
 def rms_norm(x, scale, epsilon):
@@ -370,9 +370,9 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
 
 def silu(x):
     """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
-    x32 = upcast(x)
+    wide_x = upcast(x)
     with np.errstate(over="ignore"):  # exp(-x) = inf gives -0, which is the limit
-        return (x32 / (1 + get_array_module(x).exp(-x32))).astype(x.dtype, copy=False)
+        return (wide_x / (1 + get_array_module(x).exp(-wide_x))).astype(x.dtype, copy=False)
 
 
 def dropout(x, rate, rng):

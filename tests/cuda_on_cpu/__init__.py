@@ -58,7 +58,7 @@ class KernelError(RuntimeError):
 
 @functools.cache
 def build_directory():
-    """Return the directory of this session's compiled kernels."""
+    """Return the directory of this process's compiled kernels."""
     directory = tempfile.mkdtemp(prefix="cuda_on_cpu_")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return pathlib.Path(directory)
