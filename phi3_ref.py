@@ -82,6 +82,17 @@ def load_backend(backend):
     return cupy
 
 
+def require_memory(xp, size, what):
+    """Raise MemoryError if `what`, of `size` bytes, is more than the GPU has free.
+
+    (On the host, NumPy says so itself, and the operating system counts.)
+    """
+    if xp is not np:
+        free = xp.cuda.runtime.memGetInfo()[0] + xp.get_default_memory_pool().free_bytes()
+        if size > free:
+            raise MemoryError(f"{what}: {size:,} bytes needed, {free:,} bytes free on the GPU")
+
+
 def upcast(x):
     """Return `x` in the dtype in which sums run: float64 if it has it, else float32."""
     return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
@@ -449,6 +460,8 @@ class KVCache:
     def __init__(self, backbone, batch_size, max_length):
         heads = backbone.num_key_value_heads, backbone.head_dim
         shape = backbone.num_layers, 2, batch_size, max_length, *heads
+        size = math.prod(shape) * backbone.compute_dtype.itemsize
+        require_memory(backbone.xp, size, f"a KV cache of {max_length} positions")
         self.arrays = backbone.xp.empty(shape, backbone.compute_dtype)  # [layers, 2, B, max, K, C]
         self.length = 0  # positions filled; the backbone advances it after the last layer
 
@@ -714,6 +727,7 @@ class Phi3Backbone(Backbone):
             normal = self.weight_rng.standard_normal(shape, np.float32) * np.float32(stddev)
             return self.xp.asarray(normal.astype(self.weight_dtype, copy=False))
 
+        self.require_memory_for_weights()
         return self.build_weights(draw)
 
     def build_weights(self, make):
@@ -741,6 +755,11 @@ class Phi3Backbone(Backbone):
             "reverse_embedding": embedding if self.tie_word_embeddings else make((V, D), 0.01),
         }
 
+    def require_memory_for_weights(self):
+        """Raise MemoryError if the weights are more than the GPU has free."""
+        size = self.count_params() * self.weight_dtype.itemsize
+        require_memory(self.xp, size, f"the weights of {self.name}, {self.dtype_policy}")
+
     def weight_shapes(self):
         """Return the weights' nested dict with arrays that have shapes but take no memory."""
         zero = np.zeros((), self.weight_dtype)
@@ -748,6 +767,7 @@ class Phi3Backbone(Backbone):
 
     def empty_weights(self):
         """Return the weights' nested dict, uninitialized."""
+        self.require_memory_for_weights()
         return self.build_weights(lambda shape, stddev: self.xp.empty(shape, self.weight_dtype))
 
     def keras_variables(self, weights):
@@ -873,6 +893,7 @@ class Phi3Backbone(Backbone):
 
         Raises:
             FileNotFoundError: the preset, or a file that it needs, does not exist.
+            MemoryError: the GPU has less memory free than the weights need.
             ValueError: a file's content is not that of a Phi-3.
         """
         preset = Preset(preset)

@@ -149,8 +149,13 @@ def default_rng(seed=None):
     return types.SimpleNamespace(random=on_device(np.random.default_rng(seed).random))
 
 
+def get_default_memory_pool():
+    return POOL
+
+
 random = types.SimpleNamespace(default_rng=default_rng)
-MEMORY = 2**33, 2**34  # bytes: free, of all
+MEMORY = [2**33, 2**34]  # bytes: free, of all
+POOL = types.SimpleNamespace(free_bytes=lambda: 2**10)  # what freed arrays left
 cuda = types.SimpleNamespace(
     Device=lambda: types.SimpleNamespace(mem_info=MEMORY),
     memory=types.SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
