@@ -29,6 +29,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -109,16 +110,20 @@ def matmul(a, b):
 def linear(x, weight):
     """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out].
 
-    The rows of `weight` are outputs because one position (decoding) then streams the weight through
-    memory in order, and because Hugging Face's files hold it so.
+    The rows of `weight` are outputs because Hugging Face's files hold it so; for one position
+    (decoding), either layout streams through memory equally fast.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if get_array_module(x) is not np or x.dtype.itemsize > 2:
+    rows = x.reshape(-1, x.shape[-1])  # [n, in]
+    few = len(rows) < 128
+    if get_array_module(x) is not np or not (few or x.dtype.itemsize == 2):
         product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
-    else:  # upcast in pieces that stay in cache: bfloat16 decodes 3 times faster than in one
+    else:
+        # In pieces: 16-bit weights are upcast without a copy of the whole, and BLAS multiplies 2 to
+        # 100 rows up to 1.8 times faster if a piece of the weight comes first.
         rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
-        for start in range(0, len(weight), 128):
-            product[:, start : start + 128] = rows @ upcast(weight[start : start + 128]).T
+        for start in range(0, len(weight), 512):
+            piece = upcast(weight[start : start + 512])
+            product[:, start : start + 512] = (piece @ rows.T).T if few else rows @ piece.T
     return product.reshape(*x.shape[:-1], len(weight))
 
 
@@ -181,7 +186,9 @@ def textbook_rms_norm(x, scale, epsilon):
     """
     wide_x = upcast(x)
     mean_square = (wide_x * wide_x).mean(axis=-1, keepdims=True)
-    return (wide_x / (mean_square + epsilon) ** 0.5 * upcast(scale)).astype(x.dtype, copy=False)
+    normed = wide_x / (mean_square + epsilon) ** 0.5
+    normed *= upcast(scale)  # in place: touching fresh memory costs as much as the arithmetic
+    return normed.astype(x.dtype, copy=False)
 
 
 def rms_norm(x, scale, epsilon):
@@ -241,10 +248,13 @@ def rotary_embedding(x, cos, sin):
     Returns:
         Like `x`.
     """
-    half = cos.shape[-1]
-    x1, x2, unrotated = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    rotated = [x1 * cos - x2 * sin, x2 * cos + x1 * sin, unrotated]
-    return get_array_module(x).concatenate(rotated, axis=-1)
+    xp, half = get_array_module(x), cos.shape[-1]
+    x1, x2 = x[..., :half], x[..., half : 2 * half]
+    rotated = x.copy()
+    rotated[..., : 2 * half] *= xp.concatenate([cos, cos], axis=-1)
+    rotated[..., :half] -= x2 * sin
+    rotated[..., half : 2 * half] += x1 * sin
+    return rotated
 
 
 def softmax(scores, visible=None):
@@ -358,32 +368,46 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
     xp = get_array_module(query)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
-    block, G = 128, H // K
-    context = xp.empty((B, S, H, C), query.dtype)
-    for b, k in np.ndindex(B, K):
-        group = slice(k * G, (k + 1) * G)  # the query heads that share key/value head k
-        keys, values = upcast(key[b, :, k]), upcast(value[b, :, k])  # [T, C]
-        for start in range(0, S, block):
-            stop = min(start + block, S)
-            # The block's queries, [s], are the last of the positions [first, last).
-            last = T - S + stop
-            first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
-            positions = xp.arange(first, last)  # [t]
-            visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
-            if padding_mask is not None:
-                visible = visible & padding_mask[b, first:last].astype(bool)
-            rows = upcast(query[b, start:stop, group]).transpose(1, 0, 2)  # [G, s, C]
-            scores = (rows * C**-0.5) @ keys[first:last].T  # [G, s, t]
-            block_context = softmax(scores, visible) @ values[first:last]  # [G, s, C]
-            context[b, start:stop, group] = block_context.transpose(1, 0, 2)
-    return context
+    G, block = H // K, 128
+    query = query.reshape(B, S, K, G, C)
+    context = xp.empty((B, S, K, G, C), query.dtype)
+    heads = max(1, 2**18 // (G * min(S, block) * T))  # at once, so that their scores stay in cache
+    for b, start in itertools.product(range(B), range(0, S, block)):
+        stop = min(start + block, S)
+        # The block's queries, [s], are the last of the positions [first, last), [t].
+        last = T - S + stop
+        first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
+        positions = xp.arange(first, last)
+        visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
+        if padding_mask is not None:
+            visible = visible & padding_mask[b, first:last].astype(bool)
+        for k in range(0, K, heads):
+            shared = slice(k, k + heads)  # k key/value heads, each for the G queries of its group
+            rows = upcast(query[b, start:stop, shared]) * C**-0.5  # [s, k, G, C]
+            rows = rows.transpose(1, 2, 0, 3).reshape(-1, G * (stop - start), C)  # [k, Gs, C]
+            keys = upcast(key[b, first:last, shared]).transpose(1, 2, 0)  # [k, C, t]
+            values = upcast(value[b, first:last, shared]).transpose(1, 0, 2)  # [k, t, C]
+            # The softmax, in place; dividing by the sum comes last, where there is less to divide.
+            scores = (rows @ keys).reshape(-1, G, *visible.shape)  # [k, G, s, t]
+            xp.copyto(scores, -math.inf, where=~visible)
+            row_max = scores.max(axis=-1, keepdims=True)
+            scores -= xp.where(row_max == -math.inf, 0, row_max)
+            exponentials = xp.exp(scores, out=scores)
+            total = exponentials.sum(axis=-1, keepdims=True)  # [k, G, s, 1]
+            sums = exponentials.reshape(*rows.shape[:2], -1) @ values  # [k, Gs, C]
+            sums = sums.reshape(*scores.shape[:3], C) / xp.where(total == 0, 1, total)
+            context[b, start:stop, shared] = sums.transpose(2, 0, 1, 3)
+    return context.reshape(B, S, H, C)
 
 
 def silu(x):
     """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
-    wide_x = upcast(x)
+    wide_x, xp = upcast(x), get_array_module(x)
+    y = -wide_x
     with np.errstate(over="ignore"):  # exp(-x) = inf gives -0, which is the limit
-        return (wide_x / (1 + get_array_module(x).exp(-wide_x))).astype(x.dtype, copy=False)
+        xp.exp(y, out=y)
+    y += 1
+    return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
 
 
 def dropout(x, rate, rng):
@@ -441,7 +465,9 @@ def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attent
     F = gate_intermediate.shape[-1] // 2
     gate = tap("feedforward_gate", gate_intermediate[..., :F])
     intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
-    output = linear(silu(gate) * intermediate, feedforward_output)
+    gated = silu(gate)
+    gated *= intermediate
+    output = linear(gated, feedforward_output)
     return x + drop(tap("feedforward_output", output))
 
 

@@ -104,7 +104,7 @@ for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", 
     setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
 ndarray.T = property(ndarray.transpose)
 
-for name in ("arange", "broadcast_to", "concatenate", "cos", "exp", "full", "log", "ones", "sin",
+for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones", "sin",
              "take_along_axis", "zeros"):
     globals()[name] = on_device(getattr(np, name))
 
@@ -125,6 +125,10 @@ def empty(shape, dtype=float):
 
 def where(condition, x, y):
     return on_device(np.where)(condition.astype(bool, copy=False), x, y)  # CuPy's own first step
+
+
+def copyto(dst, src, casting="same_kind", where=None):
+    np.copyto(unwrap(dst), unwrap(src), casting=casting, where=unwrap(where))
 
 
 def argsort(a, axis=-1, kind=None):
