@@ -118,12 +118,14 @@ def linear(x, weight):
     if get_array_module(x) is not np or not (few or x.dtype.itemsize == 2):
         product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
     else:
-        # In pieces: 16-bit weights are upcast without a copy of the whole, and BLAS multiplies 2 to
-        # 100 rows up to 1.8 times faster if a piece of the weight comes first.
+        # In pieces: BLAS multiplies 2 to 100 rows up to 1.8 times faster if a piece of the weight
+        # comes first; 16-bit weights are upcast without a copy of the whole, for one row in pieces
+        # so small that they stay in cache (3 times faster).
         rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
-        for start in range(0, len(weight), 512):
-            piece = upcast(weight[start : start + 512])
-            product[:, start : start + 512] = (piece @ rows.T).T if few else rows @ piece.T
+        size = 128 if few and x.dtype.itemsize == 2 else 512
+        for start in range(0, len(weight), size):
+            piece = upcast(weight[start : start + size])
+            product[:, start : start + size] = (piece @ rows.T).T if few else rows @ piece.T
     return product.reshape(*x.shape[:-1], len(weight))
 
 
@@ -1159,15 +1161,20 @@ def open_safetensors(path, _):
     for name, entry in header.items():
         shape, dtype = tuple(entry["shape"]), dtypes.get(entry["dtype"], entry["dtype"])
         start = 8 + header_size + entry["data_offsets"][0]
-        # Read, not mapped: of a mapped file, every page once touched would stay in memory.
-        read = functools.partial(read_tensor, path, start, shape, dtype)
+        read = functools.partial(map_tensor, path, start, shape, dtype)
         found[name] = StoredTensor(path, shape, dtype, read)
     return found
 
 
-def read_tensor(path, start, shape, dtype):
-    """Return the array of that shape and dtype that begins at byte `start` of a file."""
-    return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
+def map_tensor(path, start, shape, dtype):
+    """Return the array of that shape and dtype that begins at byte `start` of a file.
+
+    It is mapped, not read: its pages are read when they are first used, and all processes that use
+    them share them. Writing to the array copies the page, and never changes the file.
+    """
+    if start % np.dtype(dtype).itemsize:  # BLAS takes aligned arrays only
+        return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
+    return np.asarray(np.memmap(path, dtype, "c", start, shape))
 
 
 def load_weights_from(preset, backbone):
@@ -1201,9 +1208,17 @@ def load_weights_from(preset, backbone):
             # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
             ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
             require(ignored, f"{found[name].path}: unknown tensor {name}")
-        weights = backbone.empty_weights()
-        for name, array in progress(named_arrays(weights), "loading"):
-            array[...] = backbone.xp.asarray(found[name].read())
+        if keras:
+            weights = backbone.empty_weights()
+            for name, array in progress(backbone.keras_variables(weights), "loading"):
+                array[...] = backbone.xp.asarray(found[name].read())
+        else:  # a file's array that is of the right dtype, and not for a GPU, is used as it is
+            backbone.require_memory_for_weights()
+            arrays = iter([
+                backbone.xp.asarray(found[name].read()).astype(backbone.weight_dtype, copy=False)
+                for name, _ in progress(expected.items(), "loading")
+            ])
+            weights = backbone.build_weights(lambda shape, stddev: next(arrays))
     backbone.weights = weights
 
 
