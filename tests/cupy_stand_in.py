@@ -104,8 +104,8 @@ for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", 
     setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
 ndarray.T = property(ndarray.transpose)
 
-for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones", "sin",
-             "take_along_axis", "zeros"):
+for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones",
+             "sin", "take_along_axis", "zeros"):
     globals()[name] = on_device(getattr(np, name))
 
 
