@@ -114,15 +114,15 @@ def linear(x, weight):
     (decoding), either layout streams through memory equally fast.
     """
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
-    few = len(rows) < 128
-    if get_array_module(x) is not np or not (few or x.dtype.itemsize == 2):
+    narrow, few = x.dtype.itemsize == 2, len(rows) < 128
+    if get_array_module(x) is not np or (not narrow and (len(rows) == 1 or not few)):
         product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
     else:
         # In pieces: BLAS multiplies 2 to 100 rows up to 1.8 times faster if a piece of the weight
-        # comes first; 16-bit weights are upcast without a copy of the whole, for one row in pieces
+        # comes first; 16-bit weights are upcast without a copy of the whole, for few rows in pieces
         # so small that they stay in cache (3 times faster).
         rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
-        size = 128 if few and x.dtype.itemsize == 2 else 512
+        size = 128 if few and narrow else 512
         for start in range(0, len(weight), size):
             piece = upcast(weight[start : start + size])
             product[:, start : start + size] = (piece @ rows.T).T if few else rows @ piece.T
