@@ -20,6 +20,7 @@ one. Decode is one `W @ x` per weight, without attention. Weights are tried as [
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -41,8 +42,9 @@ PHI3_MINI = dict(vocabulary_size=32064, num_layers=32, hidden_dim=3072, intermed
                  max_sequence_length=1 << 17, pretraining_sequence_length=1 << 17)
 SMALL = dict(vocabulary_size=101, num_layers=3, hidden_dim=96, intermediate_dim=160,
              num_query_heads=6, num_key_value_heads=3)  # to check the peers with
-WHOLE = dict(layers=4, prompt=512, rounds=5, long=(4096, 8192, 16384), stored_layers=4)
-QUICK = dict(layers=2, prompt=256, rounds=3, long=(2048,), stored_layers=1)
+WHOLE = dict(layers=4, prompt=512, rounds=5, repeats=3, long=(4096, 8192, 16384),
+             stored_layers=4)
+QUICK = dict(layers=1, prompt=256, rounds=3, repeats=1, long=(512, 2048), stored_layers=1)
 NEW = 4  # tokens decoded in each repetition
 BATCH = 8  # prompts in a batch, which have the tokens of the single prompt
 PEERS = {"KerasHub JAX": ("keras", dict(backend="jax")),
@@ -63,10 +65,14 @@ def random_tokens(config, B, S):
     return np.random.default_rng().integers(3, config["vocabulary_size"], (B, S))
 
 
+@functools.cache
+def random_block(dtype):
+    return (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(dtype)
+
+
 def random_array(shape, dtype=np.float32):
-    """Returns four million random numbers, repeated: other values would take the same time."""
-    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
-    array = np.empty(math.prod(shape), dtype)
+    """Returns the same random numbers over and over: other values would take the same time."""
+    block, array = random_block(dtype), np.empty(math.prod(shape), dtype)
     for start in range(0, array.size, block.size):
         array[start:start + block.size] = block[:array.size - start]
     return array.reshape(shape)
@@ -296,7 +302,7 @@ def worker_keras(config, backend):
         check_peer(references.ours_like(backbone),
                    lambda prompt: ops.convert_to_numpy(prefill(tensors(prompt))), decoded)
 
-    # Drawing random weights takes longer than all that is measured, and would change no time.
+    # Drawing its own takes longer than what is measured.
     keras.initializers.RandomNormal.__call__ = (
         lambda _, shape, dtype=None: ops.convert_to_tensor(random_array(shape), dtype))
     _, prefill, decode = programs(keras_hub.models.Phi3Backbone(**config, dtype="float32"))
@@ -321,6 +327,7 @@ def worker_transformers(config, dtype):
     """Hugging Face's transformers as its `generate` runs it: eager, with a growing cache."""
     import torch
     import transformers
+    from transformers.initialization import no_init_weights
 
     def step(model, ids, cache):
         with torch.inference_mode():
@@ -349,7 +356,11 @@ def worker_transformers(config, dtype):
                        lambda prompt: list(steps(small, prompt))[-1].numpy())
 
     settings = transformers.Phi3Config(**huggingface_config(config), pad_token_id=0)
-    model = transformers.Phi3ForCausalLM(settings).eval().to(getattr(torch, dtype))
+    with no_init_weights():  # which takes seconds
+        model = transformers.Phi3ForCausalLM(settings).eval()
+    for parameter in model.parameters():
+        array = torch.from_numpy(random_array(parameter.shape))
+        parameter.data = array.to(getattr(torch, dtype))
 
     def run(B, S):
         times = [time.perf_counter()]
@@ -406,6 +417,7 @@ def worker_write(config, dtype, form, directory):
     def write():
         content = write_keras() if form == "Keras" else write_huggingface()
         (directory / "config.json").write_text(json.dumps(content))
+        os.sync()  # or the disk is busy while the files are read
 
     return {"run": write}
 
@@ -503,6 +515,7 @@ class Worker:
         return self
 
     def __exit__(self, *_):
+        self.process.kill()  # the libraries' own ends take seconds
         self.process.communicate()
 
 
@@ -526,7 +539,7 @@ def start(stack, config, programs, *tasks):
     """
     workers, problems, left = {}, {}, memory_in("/proc/meminfo", "MemAvailable")
     for name, (worker, options) in programs.items():
-        need = 1.5 * parameters(config) * (2 if options.get("dtype", "").endswith("16") else 4)
+        need = 1.2 * parameters(config) * (2 if options.get("dtype", "").endswith("16") else 4)
         left -= need
         if left < 0:
             problems[name] = f"left out: needs {need / GB:.1f} GB of memory"
@@ -607,7 +620,7 @@ def bench_speed(size):
             peers, problems = start(peer_stack, config, PEERS, *check, run)
             peers = take_turns(workers | peers, rounds, *run) | problems
         ours, products = peers.pop("ours"), peers.pop("products")
-        what = f"{size['layers']} layers, float32"
+        what = f"num_layers={size['layers']}, float32"
         row(f"1. prefill of {S} tokens, {what}, s", prefill_of(ours), faster(prefill_of(products)),
             {name: prefill_of(results) for name, results in peers.items()},
             targets=[("limit", 1.1), ("fastest peer", 1)])
@@ -615,8 +628,8 @@ def bench_speed(size):
             faster(decode_of(products)),
             {name: decode_of(results) for name, results in peers.items()}, 1e-3,
             [("limit", 1.1), ("fastest peer", 0.67)])
-        bench_batch(workers, BATCH, S // BATCH, rounds)
-        bench_16_bits(stack, workers["ours"], config, rounds, run)
+        bench_batch(workers, BATCH, S // BATCH, size["repeats"])
+        bench_16_bits(stack, workers["ours"], config, size["repeats"], run)
     layouts = [f"{np.median(prefill_of(products)[:, i]):.3g} s and "
                f"{np.median(decode_of(products)[:, i]) * 1e3:.3g} ms" for i in (0, 1)]
     return (f"Products of prefill and decode with weights as [out, in]: {layouts[0]}; "
@@ -651,10 +664,11 @@ def bench_long(lengths):
     config, first = PHI3_MINI | {"num_layers": 2}, None
     with (Worker("long", config=config) as ours, Worker("products", config=config) as products):
         ours.receive(), products.receive()
+        ours.ask("run", 128), products.ask("long", 128)
         for S in lengths:
             total, attended, beyond = ours.ask("run", S)
             linear, attention = products.ask("long", S)
-            other, what = (total - attended) / S, f"4. prefill of {S:,} tokens, 2 layers: "
+            other, what = (total - attended) / S, f"4. prefill of {S:,} tokens, num_layers=2: "
             first = first or other
             row(f"{what}ms per token, less attention; target: 1.1 x that of {lengths[0]:,}", other,
                 linear / S, unit=1e-3, targets=[("", 1100 * first)])
@@ -692,7 +706,8 @@ def bench_loading(layers, rounds, directory, whole=False):
 
 def bench_sharing(directory):
     """Line 6: a second process with the same float32 file."""
-    with checkpoint(PHI3_MINI | {"num_layers": 1}, "float32", "Hugging Face", directory) as path:
+    config = PHI3_MINI | {"num_layers": 1, "vocabulary_size": 1000}  # half a gigabyte
+    with checkpoint(config, "float32", "Hugging Face", directory) as path:
         files = dict(directory=path, dtype="float32")
         with Worker("load", **files) as first, Worker("load", **files) as second:
             first.receive(), second.receive()
@@ -706,14 +721,14 @@ def bench_tiny(rounds):
     """Line 7."""
     with Worker("tiny") as worker:
         worker.receive()
-        ours, products = take_turns({"": worker}, 5 * rounds, "run")[""].T
+        ours, products = take_turns({"": worker}, 10 * rounds, "run")[""].T
     row("7. embedded preset: decode, ms per token", ours, products, unit=1e-3)
     row("7. embedded preset: decode less products, ms per token", ours - products, unit=1e-3,
         targets=[("", 0.7)])
     code = ("import time, numpy; start = time.perf_counter(); import phi3_ref; "
             "print(time.perf_counter() - start)")
     seconds = [float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
-               for _ in range(1 + rounds)]
+               for _ in range(1 + 3 * rounds)]
     row("7. import phi3_ref beyond NumPy, s", seconds[1:], targets=[("", 0.3)])
 
 
@@ -756,9 +771,9 @@ def main(arguments=None):
                            "ours / fastest peer", "target", "reached"]), "|\n" + "|---" * 11 + "|")
     remark = bench_speed(size)
     bench_long(size["long"])
-    bench_loading(size["stored_layers"], 1 if options.quick else 3, options.directory)
+    bench_loading(size["stored_layers"], size["repeats"], options.directory)
     bench_sharing(options.directory)
-    bench_tiny(size["rounds"])
+    bench_tiny(size["repeats"])
     if options.full:
         bench_loading(PHI3_MINI["num_layers"], 1, options.directory, whole=True)
     print(f"\n{remark}")
