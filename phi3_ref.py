@@ -270,6 +270,8 @@ def softmax(scores, visible=None):
         Like `scores`. (KerasHub's fused path averages all values where nothing is visible.)
     """
     xp = get_array_module(scores)
+    if scores.size == 0:  # which has no largest element
+        return scores
     if visible is not None:
         scores = xp.where(visible, scores, -math.inf)
     row_max = scores.max(axis=-1, keepdims=True)
@@ -373,7 +375,8 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     G, block = H // K, 128
     query = query.reshape(B, S, K, G, C)
     context = xp.empty((B, S, K, G, C), query.dtype)
-    heads = max(1, 2**18 // (G * min(S, block) * T))  # at once, so that their scores stay in cache
+    scores_per_head = max(1, G * min(S, block) * T)
+    heads = max(1, 2**18 // scores_per_head)  # key/value heads at once: their scores stay in cache
     for b, start in itertools.product(range(B), range(0, S, block)):
         stop = min(start + block, S)
         # The block's queries, [s], are the last of the positions [first, last), [t].

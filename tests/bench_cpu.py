@@ -97,15 +97,10 @@ def random_model(config, dtype):
 
 
 def time_generate(causal_lm, prompts, new):
-    """Returns seconds: until the first token is chosen, then for each of `new` more.
-
-    `prompts` are rows of token ids; where their lengths differ, the longest gets `new` + 1 tokens.
-    """
+    """Returns seconds: until `prompts` [B, S] have a first token, then for each of `new` more."""
     import phi3_ref
-    lengths, times = np.array([[len(row)] for row in prompts]), []
-    mask = np.arange(lengths.max() + 1 + new) < lengths
-    ids = np.zeros(mask.shape, np.int64)
-    ids[mask] = np.concatenate(list(prompts))
+    ids, times = np.pad(prompts, [(0, 0), (0, new + 1)]), []
+    mask = np.broadcast_to(np.arange(ids.shape[1]) < prompts.shape[1], ids.shape)
 
     class Clock(phi3_ref.GreedySampler):
         def get_next_token(self, probabilities):

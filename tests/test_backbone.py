@@ -115,6 +115,17 @@ def test_memory_grows_with_the_prompt_not_with_its_square(fused):
     assert 1.5 < ratio < 2.2 if fused else 3.5 < ratio < 4.2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_nothing_gives_nothing(shape, fused):
+    """An empty batch and sequences without tokens have hidden states and logits, of no size."""
+    for policy in ("float32", "bfloat16"):
+        backbone = ours_tiny(fused=fused, dtype=policy)
+        hidden = backbone({"token_ids": np.zeros(shape, int)})
+        assert hidden.shape == (*shape, 24) and hidden.dtype == backbone.compute_dtype
+        assert backbone.token_embedding(hidden, reverse=True).shape == (*shape, 29)
+
+
 def test_mask_of_zeros():
     """A sequence that is all padding equals KerasHub's, where attention gives exact zeros."""
     reference = ref.keras_backbone(TINY)
