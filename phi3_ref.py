@@ -648,8 +648,13 @@ class Phi3Backbone(Backbone):
         mask = None if padding_mask.all() else self.xp.asarray(padding_mask)
         return self.forward(self.xp.asarray(token_ids), mask, training=training, tap=tap)
 
-    def forward(self, token_ids, padding_mask=None, cache=None, training=False, tap=None):
-        """Like `__call__`, on checked arrays; with a `KVCache`, on the S positions after."""
+    def forward(
+        self, token_ids, padding_mask=None, cache=None, training=False, tap=None, total=None
+    ):
+        """Like `__call__`, on checked arrays; with a `KVCache`, on the S positions after.
+
+        `total` is the length of the whole sequence, if the next call goes on with it.
+        """
         start = 0 if cache is None else cache.length
         end = start + token_ids.shape[1]  # [start, end) are the S positions
         if start <= self.max_sequence_length < end:
@@ -657,7 +662,7 @@ class Phi3Backbone(Backbone):
                 f"The sequence outgrows max_sequence_length={self.max_sequence_length}.",
                 stacklevel=3,
             )
-        rotary = self.rotary_of(start, end)
+        rotary = self.rotary_of(start, end, self.uses_long_factors(total or end))
         rate = self.dropout if training else 0.0
         drop = functools.partial(dropout, rate=rate, rng=self.dropout_rng)
         norm = functools.partial(
@@ -711,12 +716,14 @@ class Phi3Backbone(Backbone):
         """Say whether a sequence of `length` positions takes su scaling's long factors."""
         return self.rope_scaling_type == "su" and length > self.pretraining_sequence_length
 
-    def rotary_of(self, start, end):
-        """Return (cos, sin) of the positions [start, end), each [S, 1, R / 2]; compute dtype."""
+    def rotary_of(self, start, end, long):
+        """Return (cos, sin) of the positions [start, end), each [S, 1, R / 2]; compute dtype.
+
+        `long` says whether su scaling takes its long factors.
+        """
         dtype = np.float64 if self.compute_dtype == np.float64 else np.float32
         factors, magnitude = 1.0, 1.0
         if self.rope_scaling_type == "su":
-            long = self.uses_long_factors(end)
             factors = self.rope_scaling_long_factor if long else self.rope_scaling_short_factor
             factors = self.xp.asarray(factors, dtype)
             stretch = self.max_sequence_length / self.pretraining_sequence_length
@@ -2008,18 +2015,23 @@ class Phi3CausalLM:
     def next_logits(self, token_ids, index, cache):
         """Return the logits [B, V] for position `index`, and the cache of all positions before it.
 
-        The prompt is computed at once, each later position alone. But where a sequence outgrows the
-        pretraining length, su scaling changes RoPE's factors, and the cached keys, rotated with the
-        short ones, are computed anew with the long ones: as the model's authors do. (KerasHub goes
-        by the buffer's length for the prompt, and never changes while it decodes.)
+        The prompt is computed in stretches, so that activations take no more memory than one does;
+        each later position is computed alone. But where a sequence outgrows the pretraining length,
+        su scaling changes RoPE's factors, and the cached keys, rotated with the short ones, are
+        computed anew with the long ones: as the model's authors do. (KerasHub goes by the buffer's
+        length for the prompt, and never changes while it decodes.)
         """
-        backbone = self.backbone
+        from tqdm import tqdm
+
+        backbone, stretch = self.backbone, 2048
         if cache is None:
             cache = KVCache(backbone, *token_ids.shape)
         elif backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length):
             cache.length = 0
-        new_ids = backbone.xp.asarray(token_ids[:, cache.length : index])  # [B, S]
-        hidden_states = backbone.forward(new_ids, cache=cache)  # [B, S, D]
+        starts = range(cache.length, index, stretch)
+        for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
+            new_ids = backbone.xp.asarray(token_ids[:, start : min(start + stretch, index)])
+            hidden_states = backbone.forward(new_ids, cache=cache, total=index)
         logits = backbone.token_embedding(hidden_states[:, -1:], reverse=True)  # [B, 1, V]
         return logits[:, 0], cache
 
