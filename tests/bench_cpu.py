@@ -26,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def random_model(config, dtype):
 
 
 def time_generate(causal_lm, prompts, new):
-    """Returns seconds: until the first token is chosen, then for each of `new` more.
+    """Returns seconds: until the first token's probabilities, then for each of `new` more.
 
     `prompts` are rows of token ids; where their lengths differ, the longest gets `new` + 1 tokens.
     """
@@ -766,6 +767,7 @@ def main(arguments=None):
     if options.worker:
         serve(options.worker[0], json.loads(options.worker[1]))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files go then, too
     size, start = QUICK if options.quick else WHOLE, time.perf_counter()
     print("|", " | ".join(["measurement", "ours", *PEERS, "limit", "ours / limit",
                            "ours / fastest peer", "target", "reached"]), "|\n" + "|---" * 11 + "|")
