@@ -104,8 +104,8 @@ for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", 
     setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
 ndarray.T = property(ndarray.transpose)
 
-for name in ("arange", "broadcast_to", "concatenate", "cos", "exp", "full", "log", "ones", "sin",
-             "take_along_axis", "zeros"):
+for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones",
+             "sin", "take_along_axis", "zeros"):
     globals()[name] = on_device(getattr(np, name))
 
 
@@ -125,6 +125,10 @@ def empty(shape, dtype=float):
 
 def where(condition, x, y):
     return on_device(np.where)(condition.astype(bool, copy=False), x, y)  # CuPy's own first step
+
+
+def copyto(dst, src, casting="same_kind", where=None):
+    np.copyto(unwrap(dst), unwrap(src), casting=casting, where=unwrap(where))
 
 
 def argsort(a, axis=-1, kind=None):
@@ -149,8 +153,13 @@ def default_rng(seed=None):
     return types.SimpleNamespace(random=on_device(np.random.default_rng(seed).random))
 
 
+def get_default_memory_pool():
+    return POOL
+
+
 random = types.SimpleNamespace(default_rng=default_rng)
-MEMORY = 2**33, 2**34  # bytes: free, of all
+MEMORY = [2**33, 2**34]  # bytes: free, of all
+POOL = types.SimpleNamespace(free_bytes=lambda: 2**10)  # what freed arrays left
 cuda = types.SimpleNamespace(
     Device=lambda: types.SimpleNamespace(mem_info=MEMORY),
     memory=types.SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),

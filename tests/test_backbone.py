@@ -88,6 +88,33 @@ def test_su_scaling(length, ratio):
     assert ref.relative_error(other_side(inputs), ours(inputs)) > 1e-3
 
 
+def test_5000_tokens_across_the_su_boundary():
+    """A long prompt equals KerasHub's; decoding over the boundary, a forward pass from nothing."""
+    config = {**TINY, **SU, "pretraining_sequence_length": 4096, "max_sequence_length": 131072}
+    reference = ref.keras_backbone(config)
+    ours, ids = ref.ours_like(reference), token_ids(1, 5000)
+    expected = ref.keras_output(reference, {"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    assert ref.relative_error(ours({"token_ids": ids}), expected) <= 2e-6
+    causal_lm, cache = phi3_ref.Phi3CausalLM(ours), None
+    for length in (4090, 4096, 4097, 4098):
+        logits, cache = causal_lm.next_logits(ids, length, cache)
+        expected = causal_lm({"token_ids": ids[:, :length]})[:, -1]
+        assert ref.relative_error(logits, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_memory_grows_with_the_prompt_not_with_its_square(fused):
+    """Twice the prompt, twice the memory; the textbook path, for which that is false, shows it."""
+    backbone, peaks = ours_tiny(fused=fused), []
+    for length in (1024, 1024, 2048):  # the first draws the weights
+        tracemalloc.start()
+        backbone({"token_ids": token_ids(1, length)})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    ratio = peaks[2] / peaks[1]
+    assert 1.5 < ratio < 2.2 if fused else 3.5 < ratio < 4.2
+
+
 def test_mask_of_zeros():
     """A sequence that is all padding equals KerasHub's, where attention gives exact zeros."""
     reference = ref.keras_backbone(TINY)

@@ -208,6 +208,29 @@ def test_taps(policy):
 # Weights and presets ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_out_of_memory(policy, monkeypatch):
+    """What does not fit is an error before anything is allocated; the model stays as it was."""
+    backbone = phi3_ref.Phi3Backbone(**PLAIN, dtype=policy, backend="cupy", seed=1)
+    weights = random_weights(backbone)
+    before = backbone(batch(14)).get()
+    size = sum(w.size for w in weights) * backbone.weight_dtype.itemsize
+    monkeypatch.setattr(cupy_stand_in, "MEMORY", [size - 2**10 - 1, 2**34])
+    needed = f"{policy}: {size:,} bytes needed, {size - 1:,} bytes free on the GPU"
+    with pytest.raises(MemoryError, match=needed):
+        backbone.set_weights(weights)
+    np.testing.assert_array_equal(before, backbone(batch(14)).get())
+    with pytest.raises(MemoryError, match=needed):
+        phi3_ref.Phi3Backbone(**PLAIN, dtype=policy, backend="cupy")(batch(14))
+    cupy_stand_in.MEMORY[0] += 1
+    backbone.set_weights(weights)
+    cache_size = 2 * 2 * 50 * 12 * backbone.compute_dtype.itemsize  # layers, k and v, max, K * C
+    cupy_stand_in.MEMORY[0] = cache_size - 2**10
+    phi3_ref.KVCache(backbone, 1, 50)
+    with pytest.raises(MemoryError, match=f"51 positions: {cache_size * 51 // 50:,} bytes needed"):
+        phi3_ref.KVCache(backbone, 1, 51)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_weights(policy):
     """Random ones are equal; they go to the host and come back, from the host or the device."""

@@ -1,6 +1,7 @@
 """Presets: what others write loads exactly, others load what we write, a bad file is an error."""
 
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -151,6 +152,45 @@ def test_the_dtype_is_the_callers_whatever_the_file_holds(stored, dtype, tmp_pat
     target = NUMPY_DTYPE.get(dtype or "float32", np.float64)
     expected = [np.asarray(weight).astype(target) for weight in reference.get_weights()]
     assert_same_weights(ours.get_weights(), expected)
+
+
+def memory_behind(array):
+    """The object that owns an array's memory."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.base if array.base is not None else array
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_safetensors_file_of_the_models_dtype_is_mapped(stored, dtype, tmp_path):
+    """Its pages serve as weights, shared by all processes; writing to one leaves the file alone."""
+    write_huggingface(transformers_model({}, stored, 1), tmp_path)
+    backbone = phi3_ref.Phi3Backbone.from_preset(tmp_path, dtype=dtype)
+    weights = dict(backbone.huggingface_tensors(backbone.weights))
+    mapped = {name: isinstance(memory_behind(array), mmap.mmap) for name, array in weights.items()}
+    assert set(mapped.values()) == {stored == dtype}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for array in weights.values():
+        assert array.flags.aligned and type(array) is np.ndarray
+        array[...] = 0
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_an_unaligned_safetensors_file_loads(huggingface_preset, huggingface_model):
+    """A header of odd length leaves no tensor where it could be mapped."""
+    path = huggingface_preset / "model.safetensors"
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:size].rstrip()
+    header += b" " * (1 - len(header) % 2)
+    assert len(header) % 2 == 1
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[size:])
+    backbone = phi3_ref.Phi3Backbone.from_preset(huggingface_preset)
+    state = huggingface_model.state_dict()
+    for name, array in backbone.huggingface_tensors(backbone.weights):
+        assert array.flags.aligned
+        np.testing.assert_array_equal(array, state[name].numpy())
 
 
 def test_the_older_spelling_of_the_class_loads(keras_preset, keras_model):
