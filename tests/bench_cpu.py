@@ -2,7 +2,7 @@
 
 Prints one markdown table: what was measured, our time, the same work done by others, the limit and
 the target. Limits are measured in the same run: the bare matrix products of the same shapes
-through NumPy's `@`, or a plain read of the files, with each byte converted. Every peer's logits are compared with ours, with
+through NumPy's `@`, or a plain read of the files. Every peer's logits are compared with ours, with
 equal weights in a small model, before it is timed (not with `--quick`).
 
 How it is timed. Every program is a process of its own, this script with `--worker`. They take
@@ -449,7 +449,7 @@ def worker_read(directory, dtype):
     """The limit of loading: reads every byte once, converts it for float32, and keeps nothing."""
     start, piece = time.perf_counter(), np.empty(1 << 17, np.uint16)
     converted = np.empty(len(piece), np.uint32)
-    for path in pathlib.Path(directory).glob("model*.[sh]*"):  # .safetensors, .h5
+    for path in [x for x in pathlib.Path(directory).iterdir() if x.suffix != ".json"]:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(piece):
                 if dtype == "float32":  # whose upper half is a bfloat16
