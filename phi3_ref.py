@@ -27,7 +27,9 @@ References:
 import argparse
 import collections
 import contextlib
+import fnmatch
 import functools
+import html
 import inspect
 import itertools
 import json
@@ -668,7 +670,7 @@ class Phi3Backbone(Backbone):
         norm = functools.partial(
             rms_norm if self.fused else textbook_rms_norm, epsilon=self.layer_norm_epsilon
         )
-        tap = tap or no_tap
+        tap = no_tap if tap is None else tap  # an empty Trace is false
 
         x = tap("token_embedding", self.token_embedding(token_ids))  # [B, S, D]
         for i, weights in enumerate(self.weights["transformer_layers"]):
@@ -1165,7 +1167,8 @@ def open_safetensors(path, _):
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_size))
-    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+              "I64": "int64", "I32": "int32"}
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
@@ -1911,9 +1914,16 @@ class Phi3CausalLM:
     def __call__(self, inputs, training=False, tap=None):
         """Return the logits [B, S, V] of a batch; arguments and errors of the backbone's call."""
         hidden_states = self.backbone(inputs, training=training, tap=tap)
-        return (tap or no_tap)("logits", self.backbone.token_embedding(hidden_states, reverse=True))
+        return self.logits_of(hidden_states, tap)
 
-    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+    def logits_of(self, hidden_states, tap):
+        """Return the logits [B, S, V] of hidden states [B, S, D], tapped as "logits"."""
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        return logits if tap is None else tap("logits", logits)
+
+    def generate(
+        self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False, tap=None
+    ):
         """Continue prompts until each has produced a stop token, or the buffer is full.
 
         A batch starts at the end of its shortest prompt; longer prompts are never overwritten.
@@ -1925,6 +1935,11 @@ class Phi3CausalLM:
                 `sequence_length`. Not for a dict, whose length it is.
             stop_token_ids: "auto" (<|endoftext|> and <|end|>), None, or ints.
             strip_prompt: bool; True returns the new text only.
+            tap: None, or a function as for `Phi3Backbone.__call__`, called with the same names in
+                every forward pass: the first over the prompt, arrays [B, S, …], then one over each
+                new token but the last, arrays [B, 1, …] and scores [B, H, 1, T] (where su scaling
+                changes its factors: over all tokens again). "logits" are those of a pass's last
+                position, [B, 1, V], from which the next token is chosen.
 
         Returns:
             str, list of str, or a dict like `inputs` whose mask ends after the stop token.
@@ -1936,9 +1951,9 @@ class Phi3CausalLM:
         token_ids, prompt_mask = self.prepare(inputs, max_length)
         stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
         if isinstance(self.sampler, BeamSampler):
-            token_ids = self.beam_search(token_ids, prompt_mask, stop_token_ids)
+            token_ids = self.beam_search(token_ids, prompt_mask, stop_token_ids, tap)
         else:
-            for _ in self.steps(token_ids, prompt_mask, stop_token_ids):
+            for _ in self.steps(token_ids, prompt_mask, stop_token_ids, tap):
                 pass
         padding_mask = np.ones_like(prompt_mask)
         if stop_token_ids is not None:
@@ -1956,12 +1971,12 @@ class Phi3CausalLM:
         texts = self.preprocessor.generate_postprocess(outputs)
         return texts[0] if isinstance(inputs, str) else texts
 
-    def stream(self, prompt, max_length=None, stop_token_ids="auto"):
+    def stream(self, prompt, max_length=None, stop_token_ids="auto", tap=None):
         """Yield the answer to one prompt as text, piece by piece, without its stop token.
 
         Args:
             prompt: str.
-            max_length: see `generate`, and so for `stop_token_ids`.
+            max_length: see `generate`, and so for `stop_token_ids` and `tap`.
 
         Yields:
             str; joined, they are what `generate(prompt, strip_prompt=True)` returns, less the stop.
@@ -1971,7 +1986,8 @@ class Phi3CausalLM:
         require(isinstance(prompt, str), f"`prompt` must be a string. Received: {prompt!r}")
         token_ids, prompt_mask = self.prepare(prompt, max_length)
         stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
-        tokens = (int(tokens[0]) for tokens in self.steps(token_ids, prompt_mask, stop_token_ids))
+        steps = self.steps(token_ids, prompt_mask, stop_token_ids, tap)
+        tokens = (int(tokens[0]) for tokens in steps)
         unprinted = {*(stop_token_ids or ()), *self.preprocessor.tokenizer.special_token_ids}
         printed = (token for token in tokens if token not in unprinted)
         return self.preprocessor.tokenizer.detokenize_stream(printed)
@@ -2012,7 +2028,7 @@ class Phi3CausalLM:
                 f'`stop_token_ids` must be "auto", None or ints. Received: {stop_token_ids!r}')
         return list(stop_token_ids)
 
-    def next_logits(self, token_ids, index, cache):
+    def next_logits(self, token_ids, index, cache, tap=None):
         """Return the logits [B, V] for position `index`, and the cache of all positions before it.
 
         The prompt is computed in stretches, so that activations take no more memory than one does;
@@ -2023,7 +2039,8 @@ class Phi3CausalLM:
         """
         from tqdm import tqdm
 
-        backbone, stretch = self.backbone, 2048
+        backbone = self.backbone
+        stretch = 2048 if tap is None else index  # a tap sees the prompt whole
         if cache is None:
             cache = KVCache(backbone, *token_ids.shape)
         elif backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length):
@@ -2031,20 +2048,19 @@ class Phi3CausalLM:
         starts = range(cache.length, index, stretch)
         for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
             new_ids = backbone.xp.asarray(token_ids[:, start : min(start + stretch, index)])
-            hidden_states = backbone.forward(new_ids, cache=cache, total=index)
-        logits = backbone.token_embedding(hidden_states[:, -1:], reverse=True)  # [B, 1, V]
-        return logits[:, 0], cache
+            hidden_states = backbone.forward(new_ids, cache=cache, tap=tap, total=index)
+        return self.logits_of(hidden_states[:, -1:], tap)[:, 0], cache
 
     def probabilities(self, logits):
         """Return the softmax of `logits` / temperature over the last axis, in float32."""
         return softmax(upcast(logits) / self.sampler.temperature)
 
-    def steps(self, token_ids, prompt_mask, stop_token_ids):
+    def steps(self, token_ids, prompt_mask, stop_token_ids, tap):
         """Fill `token_ids` [B, max_length] in place, yielding each position's tokens [B]."""
         index, cache = int(prompt_mask.sum(axis=1).min()), None
         done = np.zeros(len(token_ids), bool)
         while index < token_ids.shape[1] and not done.all():
-            logits, cache = self.next_logits(token_ids, index, cache)
+            logits, cache = self.next_logits(token_ids, index, cache, tap)
             tokens = to_numpy(self.sampler.get_next_token(self.probabilities(logits)))
             in_prompt = prompt_mask[:, index]
             token_ids[:, index] = np.where(in_prompt, token_ids[:, index], tokens)
@@ -2053,7 +2069,7 @@ class Phi3CausalLM:
             yield token_ids[:, index]
             index += 1
 
-    def beam_search(self, token_ids, prompt_mask, stop_token_ids):
+    def beam_search(self, token_ids, prompt_mask, stop_token_ids, tap):
         """Return the most probable continuation of each prompt that beam search finds.
 
         Source: KerasHub's `BeamSampler`, with which it agrees token for token.
@@ -2066,7 +2082,7 @@ class Phi3CausalLM:
         index, cache = int(prompt_mask.sum(axis=1).min()), None
         done = np.zeros(B * beams, bool)
         while index < max_length and not done.all():
-            logits, cache = self.next_logits(token_ids, index, cache)
+            logits, cache = self.next_logits(token_ids, index, cache, tap)
             with np.errstate(divide="ignore"):  # log(0) is -inf, as it should be
                 candidates = xp.log(self.probabilities(logits))  # [B * beams, V]
             V = candidates.shape[-1]
@@ -2082,6 +2098,265 @@ class Phi3CausalLM:
                 done |= np.isin(token_ids[:, index], stop_token_ids) & ~in_prompt
             index += 1
         return token_ids[::beams]
+
+
+# ---- Instruments: traces and comparison ----------------------------------------------------------
+
+
+# What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
+# last, whose name is the layer's alone, is the layer's result.
+LAYER_TAPS = {
+    "pre_attention_layernorm": "BSD", "attention.query": "BSHC", "attention.key": "BSKC",
+    "attention.value": "BSKC", "attention.query_rotary": "BSHC", "attention.key_rotary": "BSKC",
+    "attention.scores": "BHST", "attention.probabilities": "BHST", "attention.context": "BSHC",
+    "attention_output": "BSD", "attention_residual": "BSD", "post_attention_layernorm": "BSD",
+    "feedforward_gate": "BSF", "feedforward_intermediate": "BSF", "feedforward_output": "BSD",
+    "": "BSD",
+}
+
+# The largest errors, relative to the reference's largest value, of correct models of three layers.
+TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
+
+
+def tap_shapes(backbone, batch_size, length):
+    """Return {name: shape} of all that a tap sees in one pass over [B, S] tokens, in its order."""
+    sizes = {"B": batch_size, "S": length, "T": length, "D": backbone.hidden_dim,
+             "F": backbone.intermediate_dim, "H": backbone.num_query_heads, "C": backbone.head_dim,
+             "K": backbone.num_key_value_heads, "V": backbone.vocabulary_size}
+    letters = {"token_embedding": "BSD"}
+    for i in range(backbone.num_layers):
+        for stage in LAYER_TAPS:
+            letters[f"transformer_layer_{i}.{stage}".removesuffix(".")] = LAYER_TAPS[stage]
+    letters |= {"sequence_output_layernorm": "BSD", "logits": "BSV"}
+    return {name: tuple(sizes[letter] for letter in letters[name]) for name in letters}
+
+
+def execution_order(name):
+    """Return a key that sorts names as the model computes them, unknown ones at the end."""
+    pattern = r"(?s)(?:transformer_layer_(\d+)\.?)?(.*?)(?:@(\d+))?"
+    layer, stage, forward_pass = re.fullmatch(pattern, name).groups()
+    stages = ["token_embedding", *LAYER_TAPS, "sequence_output_layernorm", "logits"]
+    place = stages.index(stage) if stage in stages else len(stages)
+    return int(forward_pass or 0), int(layer) if layer else math.inf if place else -1, place
+
+
+class Trace(dict):
+    """A tap that records: {name: NumPy array}, in the order of the model's computation.
+
+    A name that comes again, in a later forward pass, is kept as "name@1", then "name@2": after
+    `generate(prompt, tap=trace)`, "logits" chose the first new token and "logits@1" the second.
+
+    Args:
+        names: str or list of str, which to keep: glob patterns of whole names. "*.scores" keeps the
+            first pass's scores, "*.scores*" every pass's.
+        dtype: None, or a dtype to convert to.
+    """
+
+    def __init__(self, names="*", dtype=None):
+        super().__init__()
+        self.names, self.dtype = [names] if isinstance(names, str) else names, dtype
+        self.metadata = {}  # saved with the arrays
+        self.passes = collections.Counter()
+
+    def __repr__(self):
+        return f"<Trace of {len(self)} arrays, {sum(x.nbytes for x in self.values()):,} bytes>"
+
+    def keeps(self, name):
+        """Say whether one of the patterns matches `name`."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names)
+
+    def __call__(self, name, array):
+        """Keep a copy of `array` if its name is one to keep; return it."""
+        key = f"{name}@{self.passes[name]}" if self.passes[name] else name
+        self.passes[name] += 1
+        if self.keeps(key):
+            self[key] = np.array(to_numpy(array), self.dtype, order="C")
+        return array
+
+    @classmethod
+    def record(cls, causal_lm, inputs, names="*", dtype=None, max_length=None):
+        """Record one forward pass; configuration and inputs go into the metadata.
+
+        A warning says beforehand how much memory the trace will take, if it is above 1 GB.
+
+        Args:
+            causal_lm: Phi3CausalLM.
+            inputs: a prompt or a list of them, cut to `max_length` tokens as by `generate`, or a
+                dict as for `Phi3Backbone.__call__`.
+            names: see `Trace`, and so for `dtype`.
+            max_length: int; None is the preprocessor's `sequence_length`.
+        """
+        trace, backbone = cls(names, dtype), causal_lm.backbone
+        trace.metadata = {"config": backbone.get_config()}
+        if not isinstance(inputs, dict):
+            require(causal_lm.preprocessor, "Strings need a preprocessor: pass a dict.")
+            trace.metadata["prompt"] = inputs
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            inputs = causal_lm.preprocessor.generate_preprocess(texts, max_length)
+            used = inputs["padding_mask"].any(axis=0)
+            inputs = {name: array[:, used] for name, array in inputs.items()}
+        token_ids, padding_mask = backbone.check_inputs(inputs)
+        trace.metadata["token_ids"] = token_ids.tolist()
+        trace.metadata["padding_mask"] = padding_mask.astype(int).tolist()
+        shapes = tap_shapes(backbone, *token_ids.shape)
+        size = sum(math.prod(shapes[name]) for name in shapes if trace.keeps(name))
+        require(size, f"No name matches {names!r}.")
+        size *= np.dtype(dtype or backbone.compute_dtype).itemsize
+        if size > 1e9:
+            warnings.warn(f"The trace will take {size / 1e9:.1f} GB; choose `names` for a smaller.",
+                          stacklevel=2)
+        causal_lm(inputs, tap=trace)
+        return trace
+
+    def save(self, path):
+        """Write the arrays, and the metadata as JSON texts, to a safetensors file."""
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.asarray(to_numpy(self[name]), order="C") for name in self}
+        metadata = {key: json.dumps(value) for key, value in self.metadata.items()}
+        with replacing(pathlib.Path(path)) as temporary:
+            save_file(arrays, temporary, metadata)
+
+    @classmethod
+    def load(cls, path):
+        """Read a trace, or any safetensors file; OSError or ValueError if that cannot be done."""
+        import safetensors
+
+        trace = cls()
+        try:
+            stored = open_safetensors(path, None)
+            for name in sorted(stored, key=execution_order):
+                trace[name] = np.array(stored[name].read())  # a copy: the file may change
+            with safetensors.safe_open(path, framework="numpy") as file:
+                texts = file.metadata() or {}
+        except (safetensors.SafetensorError, TypeError) as error:  # damaged; a dtype of no array
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        for key, text in texts.items():
+            trace.metadata[key] = text
+            with contextlib.suppress(ValueError):  # another program's need not be JSON
+                trace.metadata[key] = json.loads(text)
+        return trace
+
+
+# One tensor's comparison. The error is largest at `index`, where `values` are the reference's and
+# the other's. If the shapes differ, `index` is None, `values` are the shapes, the numbers are NaN.
+Row = collections.namedtuple("Row", "name shape dtype max_error relative_error ulps cosine "
+                             "tolerance within index values")
+
+
+class Comparison:
+    """What `compare` finds; printed, and shown in Jupyter, as a table.
+
+    `rows` has a Row per tensor, in execution order; `first` is the first Row beyond tolerance, or
+    None; `only_in_reference` and `only_in_other` are the names without a partner.
+    """
+
+    def __init__(self, rows, only_in_reference, only_in_other):
+        self.rows, self.first = rows, next((row for row in rows if not row.within), None)
+        self.only_in_reference, self.only_in_other = only_in_reference, only_in_other
+
+    def table(self):
+        """Return the table as lists of strings, the headings first."""
+        headings = ["name", "", "shape", "dtype", "max error", "relative", "ulps", "cosine"]
+        return [headings] + [
+            [row.name, "" if row.within else "<-", str(list(row.shape)), row.dtype,
+             f"{row.max_error:.1e}", f"{row.relative_error:.1e}", f"{row.ulps:.3g}",
+             f"{row.cosine:.7f}"] for row in self.rows]
+
+    def summary(self):
+        """Return the lines below the table: where the two part, and what was not compared."""
+        row, lines = self.first, [f"All {len(self.rows)} tensors are within tolerance."]
+        if row is not None:
+            beyond = sum(not row.within for row in self.rows)
+            found, values = "different shapes", row.values
+            if row.index is not None:
+                found = (f"relative error {row.relative_error:.1e} > {row.tolerance:.1e}, "
+                         f"largest at {list(row.index)}")
+                values = [f"{value:.7g}" for value in values]
+            lines = [f"Beyond tolerance (<-): {beyond} of {len(self.rows)} tensors, the first is",
+                     f"{row.name}: {found}: {values[0]} in the reference, {values[1]} in the other"]
+        for side, names in (("reference", self.only_in_reference), ("other", self.only_in_other)):
+            if names:
+                shown = ", ".join(names[:4]) + ", …" * (len(names) > 4)
+                lines.append(f"Only in the {side}, {len(names)}: {shown}")
+        return lines
+
+    def __repr__(self):
+        table = self.table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+                 for cells in table]
+        return "\n".join(lines + self.summary())
+
+    def _repr_html_(self):
+        rows = ["".join(f"<td>{'<b>' * bool(cells[1])}{html.escape(cell)}" for cell in cells)
+                for cells in self.table()]
+        lines = map(html.escape, self.summary())
+        return f"<table><tr>{'<tr>'.join(rows)}</table>{'<br>'.join(lines)}"
+
+
+def compare(reference, other, mapping=None, tolerance=None):
+    """Compare two sets of named tensors: where do they part first, and by how much?
+
+    Args:
+        reference: a Trace, the path of a safetensors file, or any dict of arrays.
+        other: the same.
+        mapping: None, or {name in the reference: name in the other, or (name, function)}, where
+            `function` brings the other's array into the reference's layout.
+        tolerance: float, the largest error relative to the reference's largest absolute value;
+            None is that of `TOLERANCES` for the less precise of the two dtypes.
+
+    Returns:
+        Comparison. Of each tensor in both: the largest absolute error; the same relative to the
+        reference's largest absolute value, and in units in the last place of that value in the less
+        precise dtype; the cosine of the two as vectors.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or the two have no name in common.
+    """
+    require(tolerance is None or (is_number(tolerance) and tolerance >= 0),
+            f"`tolerance` must be None or a number >= 0. Received: {tolerance!r}")
+    reference, other = (
+        Trace.load(side) if isinstance(side, (str, os.PathLike)) else side
+        for side in (reference, other)
+    )
+    rows, only_in_reference, partners = [], [], set()
+    for name in sorted(reference, key=execution_order):
+        partner = (mapping or {}).get(name, name)
+        partner, function = partner if isinstance(partner, tuple) else (partner, np.asarray)
+        partners.add(partner)
+        if partner in other:
+            array = function(to_numpy(other[partner]))
+            rows.append(compare_arrays(name, to_numpy(reference[name]), array, tolerance))
+        else:
+            only_in_reference.append(name)
+    require(rows, f"No name in common: {list(reference)[:3]} … and {list(other)[:3]} …")
+    return Comparison(rows, only_in_reference, [name for name in other if name not in partners])
+
+
+def compare_arrays(name, reference, other, tolerance):
+    """Return the Row of one tensor; see `compare`."""
+    dtypes = [array.dtype.name for array in (reference, other)]
+    dtype = max((name if name in TOLERANCES else "float64" for name in dtypes), key=TOLERANCES.get)
+    tolerance, shape = TOLERANCES[dtype] if tolerance is None else tolerance, reference.shape
+    if shape != other.shape:
+        shapes = list(shape), list(other.shape)
+        return Row(name, shape, dtype, *[math.nan] * 4, tolerance, False, None, shapes)
+    reference, other = reference.astype(np.float64), other.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.where(reference == other, 0, np.abs(reference - other))
+        error[np.isnan(error)] = math.inf  # NaN on either side, or on both
+        index = np.unravel_index(error.argmax(), shape)
+        largest = np.abs(reference[np.isfinite(reference)]).max(initial=0)
+        relative_error = error[index] / largest if error[index] else 0.0
+        norms = np.linalg.norm(reference) * np.linalg.norm(other)
+        cosine = (reference * other).sum() / norms if norms else float(not error.any())
+    precision = ml_dtypes.finfo(dtype)
+    ulp = math.ldexp(precision.eps, max(math.frexp(largest)[1] - 1, precision.minexp))
+    return Row(name, shape, dtype, float(error[index]), float(relative_error),
+               float(error[index] / ulp), float(cosine), tolerance,
+               bool(relative_error <= tolerance), tuple(map(int, index)),
+               (float(reference[index]), float(other[index])))
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -2103,8 +2378,18 @@ def main(arguments=None):
     add("--seed", type=int, help="makes random choices repeatable")
     add("--raw", action="store_true", help="continue the text as it is, without chat template")
     add("--summary", action="store_true", help="print the model's weights and exit")
+    add("--trace", metavar="FILE", help="write every named intermediate of the forward pass over "
+        "the prompt (in a chat: the last one) to this safetensors file")
+    add("--compare", nargs=2, metavar=("REFERENCE", "OTHER"), help="compare two such files, print "
+        "where they part, and exit: with 0 within tolerance, else with 1")
+    add("--tolerance", type=float, help="for --compare: largest error, relative to the reference's "
+        "largest value (default: by dtype)")
     options = parser.parse_args(arguments)
     try:
+        if options.compare:
+            comparison = compare(*options.compare, tolerance=options.tolerance)
+            print(comparison)
+            sys.exit(0 if comparison.first is None else 1)
         if options.summary:
             Phi3Backbone.from_preset(options.preset, False, dtype=options.dtype).summary()
             return
@@ -2117,7 +2402,7 @@ def main(arguments=None):
         max_length = options.max_length
         if max_length is None:
             max_length = min(causal_lm.backbone.max_sequence_length, 4096)
-        chat(causal_lm, options.prompt, max_length, options.raw)
+        chat(causal_lm, options.prompt, max_length, options.raw, options.trace)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)  # as a shell reports an interrupt
@@ -2125,11 +2410,12 @@ def main(arguments=None):
         parser.exit(2, f"phi3_ref.py: {error}\n")
 
 
-def chat(causal_lm, prompt, max_length, raw):
+def chat(causal_lm, prompt, max_length, raw, trace_path):
     """Answer `prompt`, or if it is None each line of standard input as one conversation.
 
     Answers alone go to standard output, piece by piece. Where the conversation takes more than
-    three quarters of `max_length` tokens, its oldest turns are forgotten.
+    three quarters of `max_length` tokens, its oldest turns are forgotten. With a `trace_path`,
+    each prompt's trace is written there.
     """
     tokenizer, messages = causal_lm.preprocessor.tokenizer, []
     if prompt is None:
@@ -2140,6 +2426,8 @@ def chat(causal_lm, prompt, max_length, raw):
         while not raw and len(messages) > 1 and len(tokenizer(text)) > 0.75 * max_length:
             del messages[:2]
             text = tokenizer.apply_chat_template(messages)
+        if trace_path:
+            Trace.record(causal_lm, text, max_length=max_length).save(trace_path)
         answer = ""
         for piece in causal_lm.stream(text, max_length=max_length):
             print(piece, end="", flush=True)

@@ -169,6 +169,8 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
         (["hello", "--max-length", "0"], "max.length"),
         (["hello", "--max-length", "-5"], "max.length"),
         (["hello", "--seed", "-1"], "seed"),
+        (["hello", "--trace", "/dev/null/trace"], "/dev/null"),
+        (["--compare", "one"], "--compare"),
         (["hello", "there"], "there"),
         (["--colour"], "--colour"),
     ],
@@ -186,7 +188,7 @@ def test_help_lists_every_option():
     stdout, _ = run("--help")
     for option in (
         "preset", "backend", "dtype", "max-length", "sampler", "temperature", "seed", "raw",
-        "summary",
+        "summary", "trace", "compare", "tolerance",
     ):
         assert f"--{option}" in stdout
 
@@ -207,6 +209,78 @@ def test_chat_keeps_the_conversation(ending_causal_lm):
         "--preset", model.directory, "--max-length", str(length), stdin="Sort dog\nReverse cat\n"
     )
     assert stdout == f"{first}\n{second}\n"
+
+
+def test_a_trace_of_a_run(causal_lm, tmp_path):
+    """--trace: the forward pass over the prompt, in a file; the answer is the same as without."""
+    path = tmp_path / "new" / "trace.safetensors"
+    arguments = ("Sort dog", "--preset", causal_lm.directory, "--dtype", "bfloat16")
+    stdout, stderr = run(*arguments, "--max-length", "50", "--trace", str(path))
+    assert (stdout, stderr) == run(*arguments, "--max-length", "50")
+    model = phi3_ref.Phi3CausalLM.from_preset(causal_lm.directory, dtype="bfloat16")
+    prompt = chat_prompt(causal_lm, "Sort dog")
+    expected = phi3_ref.Trace.record(model, prompt)
+    trace = phi3_ref.Trace.load(path)
+    assert trace.metadata == expected.metadata and trace.metadata["prompt"] == prompt
+    assert phi3_ref.compare(expected, trace, tolerance=0).first is None
+    assert list(trace) == list(expected)
+    run(*arguments, "--max-length", "6", "--trace", str(path))  # a prompt that is cut, too
+    assert phi3_ref.Trace.load(path)["logits"].shape[1] == 6
+
+
+def test_a_trace_of_a_chat(ending_causal_lm, tmp_path):
+    """In a chat, --trace leaves the last prompt's: the whole conversation's."""
+    model, path = ending_causal_lm, str(tmp_path / "trace.safetensors")
+    stdout, _ = run("--preset", model.directory, "--max-length", "600", "--trace", path,
+                    stdin="Sort dog\nReverse cat\n")
+    first, _ = stdout.splitlines()
+    prompt = chat_prompt(model, "Sort dog", first, "Reverse cat")
+    assert phi3_ref.Trace.load(path).metadata["prompt"] == prompt
+
+
+def test_a_porters_two_commands(causal_lm, tmp_path):
+    """A trace, another, and where they part: exit code 0 within tolerance, 1 and a name beyond."""
+    ours, port, bad = (str(tmp_path / f"{name}.safetensors") for name in ("ours", "port", "bad"))
+    arguments = ("Sort dog", "--preset", causal_lm.directory, "--max-length", "40")
+    run(*arguments, "--trace", ours)
+    trace = phi3_ref.Trace.load(ours)
+    for name in trace:
+        trace[name] = trace[name] * np.float32(1 + 2**-21)  # a port's rounding errors
+    trace.save(port)
+    name = "transformer_layer_1.attention.scores"
+    trace[name][0, 3, 2, 1] += 0.5
+    trace["logits"] += 1
+    trace.save(bad)
+
+    stdout, _ = run("--compare", ours, port)
+    assert stdout.splitlines()[-1] == "All 35 tensors are within tolerance."
+    stdout, stderr = run("--compare", ours, bad, code=1)
+    last = stdout.splitlines()[-1]
+    assert stderr == "" and last.startswith(f"{name}: ") and "[0, 3, 2, 1]" in last
+    stdout, _ = run("--compare", ours, port, "--tolerance", "1e-7", code=1)
+    assert stdout.splitlines()[-1].startswith("token_embedding: ")
+    run("--compare", ours, bad, "--tolerance", "100")
+
+
+@pytest.mark.parametrize("reference, other, message", [
+    ("ours", "none", "none.safetensors"), ("none", "ours", "none.safetensors"),
+    ("ours", "damaged", "damaged.safetensors"), ("ours", "stranger", "No name in common"),
+])
+def test_files_that_cannot_be_compared(reference, other, message, tmp_path):
+    """A missing or damaged file, or one of other names: exit code 2 and one line."""
+    trace_of(logits=np.ones(3)).save(tmp_path / "ours.safetensors")
+    trace_of(x=np.ones(3)).save(tmp_path / "stranger.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"not a header")
+    paths = (str(tmp_path / f"{name}.safetensors") for name in (reference, other))
+    stdout, stderr = run("--compare", *paths, code=2)
+    assert stdout == "" and message in stderr and stderr.count("\n") == 1
+
+
+def trace_of(**arrays):
+    """A Trace of these arrays."""
+    trace = phi3_ref.Trace()
+    trace.update(arrays)
+    return trace
 
 
 def test_end_of_input_ends_the_chat():

@@ -205,6 +205,27 @@ def test_taps(policy):
         assert_same(array, seen[1][name])
 
 
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_traces(policy, tmp_path):
+    """A Trace keeps what is on the device in the host's memory; files and comparisons are alike."""
+    traces = []
+    for backbone in pair(dtype=policy):
+        causal_lm = phi3_ref.Phi3CausalLM(backbone)
+        traces.append(phi3_ref.Trace.record(causal_lm, batch(14, 9)))
+    on_host, on_device = traces
+    assert list(on_host) == list(on_device) == list(phi3_ref.tap_shapes(backbone, 2, 14))
+    assert all(type(array) is np.ndarray for array in on_device.values())
+    assert phi3_ref.compare(on_host, on_device, tolerance=0).first is None
+    tensors = {name: cupy_stand_in.asarray(array) for name, array in on_device.items()}
+    assert phi3_ref.compare(on_host, tensors, tolerance=0).first is None
+    assert phi3_ref.compare(tensors, on_host, tolerance=0).first is None
+    saved = phi3_ref.Trace()
+    saved.update(tensors)
+    saved.save(tmp_path / "trace.safetensors")
+    path = str(tmp_path / "trace.safetensors")
+    assert phi3_ref.compare(on_host, path, tolerance=0).first is None
+
+
 # Weights and presets ------------------------------------------------------------------------------
 
 
@@ -312,6 +333,24 @@ def test_generation(model, sampler):
     rows = 3 * (3 if sampler == "beam" else 1)
     assert 0 < len(cupy_stand_in.transfers) <= 14 - 3
     assert max(cupy_stand_in.transfers) <= 8 * rows
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_taps_on_generation(sampler):
+    """A tap sees and steers every pass on the device, as on the host."""
+    traces = []
+    for causal_lm in map(phi3_ref.Phi3CausalLM, pair(**SU)):
+        causal_lm.compile(sampler=SAMPLERS[sampler]())
+        trace = phi3_ref.Trace()
+
+        def tap(name, array, trace=trace):
+            return trace(name, array * 0.5 if name.endswith("value") else array)
+
+        causal_lm.generate(batch(5, 3, 8), stop_token_ids=None, tap=tap)
+        traces.append(trace)
+    on_host, on_device = traces
+    assert list(on_host) == list(on_device) and "logits@10" in on_host
+    assert phi3_ref.compare(on_host, on_device, tolerance=0).first is None
 
 
 @pytest.mark.parametrize("fused", [True, False])
