@@ -137,14 +137,14 @@ def has_kernel(x):
 
 
 def require(condition, message):
-    """Raise ValueError with `message` unless `condition` holds."""
+    """Raise ValueError with `message`, cut off where it gets long, unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if len(message) < 1000 else message[:1000] + " …")
 
 
 def require_int(name, value, low=1, optional=False):
-    """Raise ValueError unless the argument `name` is an integer of at least `low`."""
-    require((optional and value is None) or (is_int(value) and value >= low),
+    """Raise ValueError unless the argument `name` is an integer of 64 bits and at least `low`."""
+    require((optional and value is None) or (is_int(value) and low <= value < 2**63),
             f"`{name}` must be {'None or ' * optional}an integer >= {low}. Received: {value!r}")
 
 
@@ -154,8 +154,9 @@ def is_int(value):
 
 
 def is_number(value):
-    """Say whether `value` is a finite number; a bool is not."""
-    return (is_int(value) or isinstance(value, (float, np.floating))) and math.isfinite(value)
+    """Say whether `value` is a number that float32 can hold; a bool is not."""
+    number = is_int(value) or isinstance(value, (float, np.floating))
+    return number and abs(value) <= float(np.finfo(np.float32).max)  # NaN is not
 
 
 def dtype_policy_name(dtype):
@@ -617,14 +618,14 @@ class Phi3Backbone(Backbone):
             for name in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
                 factors = getattr(self, name)
                 require(isinstance(factors, (list, tuple)) and len(factors) == self.rotary_dim // 2
-                        and all(is_number(factor) and factor > 0 for factor in factors),
+                        and all(is_number(factor) and np.float32(factor) > 0 for factor in factors),
                         f"`{name}` must be a list of {self.rotary_dim // 2} positive numbers, one "
                         f"for each pair that RoPE rotates. Received: {factors!r}")
+        require(self.count_params() < 2**60, "No memory holds a model of this size.")
         self.dtype_policy = dtype_policy_name(dtype)
         self.weight_dtype, self.compute_dtype = map(np.dtype, DTYPE_POLICIES[self.dtype_policy])
         self.xp = load_backend(backend)
-        weight_seed, dropout_seed = np.random.SeedSequence(seed).generate_state(2)
-        self.weight_rng = np.random.default_rng(weight_seed)
+        self.weight_seed, dropout_seed = np.random.SeedSequence(seed).generate_state(2)
         self.dropout_rng = self.xp.random.default_rng(int(dropout_seed))
 
     # The model itself.
@@ -760,11 +761,12 @@ class Phi3Backbone(Backbone):
     @functools.cached_property
     def weights(self):
         """A nested dict of arrays; if nothing was loaded, random ones are drawn at first use."""
+        rng = np.random.default_rng(self.weight_seed)  # the same in every thread that comes first
 
         def draw(shape, stddev):
             if stddev is None:
                 return self.xp.ones(shape, self.weight_dtype)
-            normal = self.weight_rng.standard_normal(shape, np.float32) * np.float32(stddev)
+            normal = rng.standard_normal(shape, np.float32) * np.float32(stddev)
             return self.xp.asarray(normal.astype(self.weight_dtype, copy=False))
 
         self.require_memory_for_weights()
@@ -876,8 +878,10 @@ class Phi3Backbone(Backbone):
 
     def count_params(self):
         """Return the number of parameters, an int; nothing is allocated."""
-        named = self.huggingface_tensors(self.weight_shapes())
-        return sum(array.size for _, array in named)
+        V, D, F = self.vocabulary_size, self.hidden_dim, self.intermediate_dim
+        H, K, C = self.num_query_heads, self.num_key_value_heads, self.head_dim
+        layer = D * (H + 2 * K) * C + H * C * D + 3 * D * F + 2 * D
+        return (1 if self.tie_word_embeddings else 2) * V * D + self.num_layers * layer + D
 
     def summary(self):
         """Print a table of the weights: name, shape, parameters and bytes."""
@@ -933,11 +937,17 @@ class Phi3Backbone(Backbone):
 
         Raises:
             FileNotFoundError: the preset, or a file that it needs, does not exist.
-            MemoryError: the GPU has less memory free than the weights need.
-            ValueError: a file's content is not that of a Phi-3.
+            MemoryError: there is less memory free than the weights need.
+            OSError: a file cannot be read.
+            ValueError: a file's content is not that of a Phi-3, or an argument's value is
+                impossible.
         """
         preset = Preset(preset)
-        backbone = cls(**{**preset.backbone_config(), "dtype": None, **kwargs})
+        try:
+            backbone = cls(**{**preset.backbone_config(), "dtype": None, **kwargs})
+        except ValueError as error:
+            raise ValueError(f"{preset.name}/config.json, with the arguments given: "
+                             f"{str(error)[:500]}") from error
         if load_weights:
             load_weights_from(preset, backbone)
         return backbone
@@ -1028,32 +1038,33 @@ class Preset:
         if path is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = parse_json(read_small(path))
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
             raise ValueError(f"{path} is not JSON: {error}") from error
-        require(isinstance(content, dict), f"{path} must hold an object: {str(content)[:40]}")
+        require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
         return content
 
     def backbone_config(self):
         """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
-        try:
-            if self.format == "huggingface":
+        if self.format == "huggingface":
+            try:
                 return arguments_from_huggingface(self.config)
-            arguments = dict(self.config["config"])
-        except KeyError as error:
-            raise ValueError(f"{self.name}/config.json lacks {error}") from error
-        except TypeError as error:
-            raise ValueError(f"{self.name}/config.json is malformed: {error}") from error
+            except KeyError as error:
+                raise ValueError(f"it lacks {error}") from error
+            except (ArithmeticError, TypeError) as error:
+                raise ValueError(f"it is malformed: {error}") from error
+        arguments = self.config.get("config")
+        require(isinstance(arguments, dict), "it has no object `config`")
         parameters = inspect.signature(Phi3Backbone).parameters
-        unknown = arguments.keys() - parameters.keys()
-        require(not unknown, f"{self.name}/config.json: unknown arguments {sorted(unknown)}")
+        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed"})
+        require(not unknown, f"unknown arguments {sorted(unknown)}")
         lacking = [name for name, parameter in parameters.items()
                    if parameter.default is parameter.empty and name not in arguments]
-        require(not lacking, f"{self.name}/config.json lacks {lacking}")
+        require(not lacking, f"it lacks {lacking}")
         return arguments
 
     def weight_files(self):
-        """Return the paths of the files that hold the weights.
+        """Return the paths of the files that hold the weights, and the map of the index or None.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -1065,23 +1076,25 @@ class Preset:
         }[self.format]
         path = self.file(single)
         if path is not None:  # before the index, as in KerasHub and transformers
-            return [path]
+            return [path], None
         shards = self.json(index)
         if shards is None:
-            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}")
+            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}; "
+                                    "pickles (.bin) are not read, as they can run any code")
         weight_map, names = shards.get("weight_map"), []
         require(isinstance(weight_map, dict), f"{self.name}/{index} has no map `weight_map`")
         for item in weight_map.values():
             # Keras gives a list of files where a layer is spread over several.
             names += item if isinstance(item, list) else [item]
         for name in names:
-            require(isinstance(name, str) and pathlib.PurePath(name).name == name,
+            require(isinstance(name, str) and pathlib.PurePath(name).name == name[:255],
                     f"{self.name}/{index} names {name!r}, which is not a file beside it")
         names = sorted(set(names))
         paths = [self.file(name) for name in names]
         if None in paths:
-            raise FileNotFoundError(f"preset {self.name!r} has no {names[paths.index(None)]}")
-        return paths
+            name = names[paths.index(None)]
+            raise FileNotFoundError(f"preset {self.name!r} has no {name!r}")
+        return paths, weight_map
 
 
 def arguments_from_huggingface(config):
@@ -1102,9 +1115,9 @@ def arguments_from_huggingface(config):
     kind = rope.get("rope_type", rope.get("type")) or "default"
     # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
     require(kind in ("default", "su", "yarn", "longrope"),
-            f"config.json: RoPE of type {kind!r} is not Phi-3's")
+            f"RoPE of type {kind!r} is not Phi-3's")
     require(config.get("hidden_act", "silu") == "silu",
-            f"config.json: hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
+            f"hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
     arguments = {
         "vocabulary_size": config["vocab_size"],
         "num_layers": config["num_hidden_layers"],
@@ -1136,6 +1149,24 @@ def arguments_from_huggingface(config):
     return arguments
 
 
+def read_small(path):
+    """Return the content of a file that has no reason to be large, as bytes."""
+    size = path.stat().st_size
+    require(size <= 2**25, f"{path} has {size:,} bytes; at most {2**25:,} are read")
+    return path.read_bytes()
+
+
+def parse_json(text):
+    """Return what a JSON text, as UTF-8 bytes, stands for; a key may not come twice."""
+
+    def unique(pairs):
+        keys = collections.Counter(key for key, _ in pairs)
+        require(len(keys) == len(pairs), f"the key {keys.most_common(1)} comes twice")
+        return dict(pairs)
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+
+
 # A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
 StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
 
@@ -1148,9 +1179,13 @@ def open_hdf5(path, stack):
 
     def visit(name, item):  # called for what the file itself holds; links are not followed
         if isinstance(item, h5py.Dataset):
-            require(not item.external and not item.is_virtual, f"{name} lies in another file")
-            dtype = item.attrs.get("dtype", item.dtype.name)
-            # HDF5 has no bfloat16: Keras writes opaque items of two bytes.
+            # What lies in another file has no place here; what is compressed could swell.
+            require(item.chunks is None and not item.external and not item.is_virtual
+                    and item.id.get_storage_size() == item.nbytes,
+                    f"{name} is not stored as Keras does: whole, in this file, uncompressed")
+            dtype = item.dtype.name
+            if dtype == "void16" and item.attrs.get("dtype") == "bfloat16":
+                dtype = "bfloat16"  # HDF5 has none: Keras writes opaque items of two bytes
             read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
             found[name] = StoredTensor(path, item.shape, dtype, read)
 
@@ -1162,11 +1197,12 @@ def open_safetensors(path, _):
     """Return {name: StoredTensor} of a safetensors file, which is closed again."""
     import safetensors
 
-    with safetensors.safe_open(path, framework="numpy"):
-        pass  # the library checks the header: lengths, names, ranges
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
+        require(header_size <= 2**25, f"its header has {header_size:,} bytes, more than {2**25:,}")
+        header = parse_json(file.read(header_size))
+    with safetensors.safe_open(path, framework="numpy"):
+        pass  # the library checks what the header says: lengths, ranges, no overlap, no gap
     dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
               "I64": "int64", "I32": "int32"}
     header.pop("__metadata__", None)
@@ -1204,35 +1240,61 @@ def load_weights_from(preset, backbone):
     require(not (keras and backbone.tie_word_embeddings),
             "Keras's format holds two embeddings: `tie_word_embeddings` must be False.")
     with contextlib.ExitStack() as stack:
-        found, paths = {}, preset.weight_files()
+        found, (paths, weight_map) = {}, preset.weight_files()
         for path in paths:
             try:
-                found.update(open_file(path, stack))
+                tensors = open_file(path, stack)
             except Exception as error:  # h5py and safetensors each raise their own
-                raise ValueError(f"{path} cannot be read: {error}") from error
+                raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
+            for name, tensor in tensors.items():
+                require(name not in found, f"{path}: {name} is in another file, too")
+                found[name] = tensor
+                if weight_map is not None:  # Keras's lists groups; one may be spread over files
+                    files = weight_map.get("/" + name.rpartition("/")[0] if keras else name)
+                    require(path.name in (files if isinstance(files, list) else [files]),
+                            f"{path} holds {name}, for which the index names {files!r}")
         # Everything is checked before memory is taken.
+        where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
+        require(backbone.num_layers <= len(found),
+                f"{where}: {len(found)} tensors cannot be those of {backbone.num_layers} layers")
         expected = dict(named_arrays(backbone.weight_shapes()))
         for name, array in expected.items():
-            require(name in found, f"{', '.join(map(str, paths))}: there is no tensor {name}")
+            require(name in found, f"{where}: there is no tensor {name}")
             path, shape, dtype, _ = found[name]
             require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
             require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
         for name in found.keys() - expected.keys():
             # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
             ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
-            require(ignored, f"{found[name].path}: unknown tensor {name}")
+            require(ignored, f"{found[name].path}: unknown tensor {name!r}")
+
+        def read(name):
+            path = found[name].path
+            try:
+                with np.errstate(over="ignore"):  # told below
+                    array = found[name].read().astype(backbone.weight_dtype, copy=False)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+            require(is_finite(array), f"{path}: {name} has NaN or infinite {array.dtype} values")
+            return backbone.xp.asarray(array)
+
         if keras:
             weights = backbone.empty_weights()
             for name, array in progress(backbone.keras_variables(weights), "loading"):
-                array[...] = backbone.xp.asarray(found[name].read())
+                array[...] = read(name)
         else:  # a file's array that is of the right dtype, and not for a GPU, is used as it is
             backbone.require_memory_for_weights()
-            arrays = iter([
-                backbone.xp.asarray(found[name].read()).astype(backbone.weight_dtype, copy=False)
-                for name, _ in progress(expected.items(), "loading")
-            ])
+            arrays = iter([read(name) for name, _ in progress(expected.items(), "loading")])
             weights = backbone.build_weights(lambda shape, stddev: next(arrays))
     backbone.weights = weights
+
+
+def is_finite(array):
+    """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
+    # Read as integers, these are the largest patterns; the sign bit is the largest if unsigned.
+    bits = {kind: f"{kind}{array.dtype.itemsize}" for kind in "iu"}
+    return all(array.view(bits[kind]).max() < np.array(limit, array.dtype).view(bits[kind])
+               for kind, limit in (("i", math.inf), ("u", -math.inf)))
 
 
 def save_weights_to(path, backbone):
@@ -1318,7 +1380,7 @@ class Phi3Tokenizer:
         import sentencepiece
 
         name = "`proto`" if isinstance(proto, bytes) else str(proto)
-        self.proto = proto if isinstance(proto, bytes) else pathlib.Path(proto).read_bytes()
+        self.proto = proto if isinstance(proto, bytes) else read_small(pathlib.Path(proto))
         self.added_tokens, self.prefix, self.strip_prefix = added_tokens, prefix, strip_prefix
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -1492,6 +1554,8 @@ class Phi3Tokenizer:
         A Keras preset tokenizes as KerasHub does, a Hugging Face directory as transformers does.
 
         Raises:
+            FileNotFoundError: there is no such preset.
+            OSError: a file cannot be read.
             ValueError: its files are malformed, or it has no SentencePiece tokenizer.
         """
         tokenizer, _ = load_tokenizer(Preset(preset))
@@ -1525,6 +1589,7 @@ def load_tokenizer(preset):
     if preset.format == "keras":
         proto = preset.file("assets/tokenizer/vocabulary.spm")
         config = (preset.json("preprocessor.json") or {}).get("config", {})
+        require(isinstance(config, dict), f"{preset.name}/preprocessor.json has no object `config`")
         names = ("sequence_length", "add_start_token", "add_end_token")
         config = {name: config[name] for name in names if name in config}
         return (None if proto is None else Phi3Tokenizer(proto)), config
@@ -1564,7 +1629,7 @@ def read_tokenizer_model(path, names, config, model):
     `AutoTokenizer`, in transformers 5, overrides that name and so never puts a space before the
     text: in this we do not follow it.
     """
-    model.ParseFromString(path.read_bytes())
+    model.ParseFromString(read_small(path))
     added = {
         token_id: {"content": piece.piece}
         for token_id, piece in enumerate(model.pieces)
@@ -1631,7 +1696,7 @@ class Phi3CausalLMPreprocessor:
         add_end_token: bool, put "<|endoftext|>" behind every text; never before generation.
 
     Raises:
-        ValueError: `sequence_length` is not a positive integer.
+        ValueError: an argument's value is impossible.
 
     Source: KerasHub's `Phi3CausalLMPreprocessor`, which adds the start token before generation
     even where `add_start_token` is False.
@@ -1639,6 +1704,9 @@ class Phi3CausalLMPreprocessor:
 
     def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=False):
         require_int("sequence_length", sequence_length)
+        require(isinstance(add_start_token, bool) and isinstance(add_end_token, bool),
+                "`add_start_token` and `add_end_token` must be True or False. "
+                f"Received: {add_start_token!r}, {add_end_token!r}")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.add_start_token = add_start_token
@@ -1706,9 +1774,18 @@ class Phi3CausalLMPreprocessor:
         Args:
             preset: see `Phi3Backbone.from_preset`.
             **kwargs: arguments of the class to use instead of the preset's.
+
+        Raises:
+            FileNotFoundError: there is no such preset.
+            OSError: a file cannot be read.
+            ValueError: a file is malformed, or an argument's value is impossible.
         """
-        tokenizer, config = load_tokenizer(Preset(preset))
-        return None if tokenizer is None else cls(tokenizer, **{**config, **kwargs})
+        preset = Preset(preset)
+        tokenizer, config = load_tokenizer(preset)
+        try:
+            return None if tokenizer is None else cls(tokenizer, **{**config, **kwargs})
+        except ValueError as error:
+            raise ValueError(f"{preset.name}'s preprocessor: {error}") from error
 
     def save_to_preset(self, directory):
         """Write preprocessor and tokenizer to `directory` in Keras's format.
@@ -1869,10 +1946,17 @@ class Phi3CausalLM:
         backbone: Phi3Backbone.
         preprocessor: Phi3CausalLMPreprocessor or None (token ids in, token ids out).
 
+    Raises:
+        ValueError: the tokenizer has more tokens than the backbone has embeddings.
+
     Source: KerasHub's `Phi3CausalLM` and `CausalLM`.
     """
 
     def __init__(self, backbone, preprocessor=None):
+        if preprocessor is not None:
+            tokens = preprocessor.tokenizer.vocabulary_size()
+            require(tokens <= backbone.vocabulary_size,
+                    f"The tokenizer has {tokens} tokens, the backbone {backbone.vocabulary_size}.")
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.compile()
@@ -2229,7 +2313,7 @@ class Trace(dict):
                 trace[name] = np.array(stored[name].read())  # a copy: the file may change
             with safetensors.safe_open(path, framework="numpy") as file:
                 texts = file.metadata() or {}
-        except (safetensors.SafetensorError, TypeError) as error:  # damaged; a dtype of no array
+        except (safetensors.SafetensorError, TypeError, ValueError) as error:  # damaged; odd dtype
             raise ValueError(f"{path} cannot be read: {error}") from error
         for key, text in texts.items():
             trace.metadata[key] = text
