@@ -37,6 +37,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import sys
 import warnings
 
@@ -198,6 +199,8 @@ def textbook_rms_norm(x, scale, epsilon):
 
 def rms_norm(x, scale, epsilon):
     """Compute `textbook_rms_norm`, on a GPU in one pass over memory."""
+    require(scale.shape == x.shape[-1:],
+            f"`scale` must be [D] for `x` [..., D]. Received: {scale.shape} and {x.shape}")
     if has_kernel(x):
         import kernels_cuda
 
@@ -362,13 +365,18 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
 
     Raises:
-        ValueError: the heads or the positions do not fit together.
+        ValueError: the shapes do not fit together.
 
     Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea.
     """
-    require(query.shape[2] % key.shape[2] == 0 and query.shape[1] <= key.shape[1],
-            "`key`'s heads must divide `query`'s, and its positions include them. "
-            f"Received: query {query.shape}, key {key.shape}")
+    require(query.ndim == key.ndim == 4 and key.shape == value.shape
+            and query.shape[::3] == key.shape[::3] and query.shape[1] <= key.shape[1]
+            and query.shape[2] % max(key.shape[2], 1) == 0
+            and (padding_mask is None or padding_mask.shape == key.shape[:2]),
+            "`query` must be [B, S, H, C], `key` and `value` [B, T, K, C], `padding_mask` [B, T], "
+            "with S <= T, and K must divide H. Received: "
+            f"{[None if x is None else x.shape for x in (query, key, value, padding_mask)]}")
+    require_int("sliding_window", sliding_window, optional=True)
     if has_kernel(query):
         import kernels_cuda
 
@@ -485,25 +493,43 @@ def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attent
 class KVCache:
     """The rotated keys and the values of all positions so far, so that each is computed once.
 
+    With a sliding window W, the oldest are dropped where room runs out: no later query sees more
+    than the W - 1 positions before it, so that memory stays the same however long the text gets.
+
     Args:
         backbone: the Phi3Backbone that fills it.
         batch_size: int, B.
         max_length: int, the number of positions that there is room for.
+        stretch: int or None; with a sliding window, the most positions that come at once.
     """
 
-    def __init__(self, backbone, batch_size, max_length):
+    def __init__(self, backbone, batch_size, max_length, stretch=None):
+        self.window = backbone.sliding_window
+        if self.window and stretch:  # room for a second window: positions are moved only rarely
+            max_length = min(max_length, self.window + max(self.window, stretch))
         heads = backbone.num_key_value_heads, backbone.head_dim
         shape = backbone.num_layers, 2, batch_size, max_length, *heads
         size = math.prod(shape) * backbone.compute_dtype.itemsize
         require_memory(backbone.xp, size, f"a KV cache of {max_length} positions")
-        self.arrays = backbone.xp.empty(shape, backbone.compute_dtype)  # [layers, 2, B, max, K, C]
-        self.length = 0  # positions filled; the backbone advances it after the last layer
+        self.arrays = backbone.xp.empty(shape, backbone.compute_dtype)  # [layers, 2, B, room, K, C]
+        self.first = 0  # the oldest position that is still here
+        self.length = 0  # positions so far; the backbone advances it after the last layer
+
+    def make_room(self, count):
+        """Drop the positions that have left the window, if there is no room for `count` more."""
+        stored = self.length - self.first
+        if self.window and stored + count > self.arrays.shape[3]:
+            kept = min(stored, self.window - 1)
+            for layer in self.arrays:
+                layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()
+            self.first = self.length - kept
 
     def append(self, layer, key, value):
-        """Write one layer's new keys and values, [B, S, K, C]; return all so far, [B, T, K, C]."""
-        end = self.length + key.shape[1]
-        self.arrays[layer, 0, :, self.length : end] = key
-        self.arrays[layer, 1, :, self.length : end] = value
+        """Write one layer's new keys and values, [B, S, K, C]; return all here, [B, T, K, C]."""
+        start = self.length - self.first
+        end = start + key.shape[1]
+        self.arrays[layer, 0, :, start:end] = key
+        self.arrays[layer, 1, :, start:end] = value
         return self.arrays[layer, 0, :, :end], self.arrays[layer, 1, :, :end]
 
     def select(self, rows):
@@ -665,6 +691,8 @@ class Phi3Backbone(Backbone):
                 f"The sequence outgrows max_sequence_length={self.max_sequence_length}.",
                 stacklevel=3,
             )
+        if cache is not None:
+            cache.make_room(end - start)
         rotary = self.rotary_of(start, end, self.uses_long_factors(total or end))
         rate = self.dropout if training else 0.0
         drop = functools.partial(dropout, rate=rate, rng=self.dropout_rng)
@@ -742,18 +770,22 @@ class Phi3Backbone(Backbone):
         """Return `inputs`' token ids and padding mask as host arrays [B, S], int64 and bool."""
         require(isinstance(inputs, dict) and "token_ids" in inputs,
                 f'inputs must be a dict with "token_ids". Received: {inputs!r}')
-        token_ids = to_numpy(inputs["token_ids"])
+        try:
+            token_ids, padding_mask = to_numpy(inputs["token_ids"]), inputs.get("padding_mask")
+            ones = np.ones(token_ids.shape)
+            padding_mask = ones if padding_mask is None else to_numpy(padding_mask)
+        except ValueError as error:  # rows of unequal length
+            raise ValueError(f"`token_ids` and `padding_mask` must be arrays: {error}") from error
         require(token_ids.ndim == 2 and np.issubdtype(token_ids.dtype, np.integer),
                 "`token_ids` must be integers of shape [B, S]. "
                 f"Received: {token_ids.dtype} of shape {token_ids.shape}")
         require(((token_ids >= 0) & (token_ids < self.vocabulary_size)).all(),
                 f"`token_ids` must be in [0, {self.vocabulary_size}). "
                 f"Received: {token_ids.min(initial=0)} to {token_ids.max(initial=0)}")
-        padding_mask = inputs.get("padding_mask")
-        padding_mask = np.ones(token_ids.shape) if padding_mask is None else to_numpy(padding_mask)
-        require(padding_mask.shape == token_ids.shape and np.isin(padding_mask, (0, 1)).all(),
+        require(padding_mask.shape == token_ids.shape and padding_mask.dtype.kind in "biuf"
+                and np.isin(padding_mask, (0, 1)).all(),
                 f"`padding_mask` must be 0 or 1, of token_ids' shape {token_ids.shape}. "
-                f"Received: shape {padding_mask.shape}, values {np.unique(padding_mask)[:5]}")
+                f"Received: {padding_mask!r}, shape {padding_mask.shape}")
         return token_ids.astype(np.int64), padding_mask.astype(bool)
 
     # The weights.
@@ -860,7 +892,7 @@ class Phi3Backbone(Backbone):
         """Replace the weights by a list of arrays like that of `get_weights()`.
 
         Raises:
-            ValueError: the list's length, or the shape of the array that the message names.
+            ValueError: the list's length, or the shape or dtype of the array that is named.
         """
         ours = self.empty_weights()
         views = list(self.keras_variables(ours))
@@ -868,8 +900,9 @@ class Phi3Backbone(Backbone):
                 f"`weights` must have {len(views)} arrays. Received: {len(weights)}")
         for (path, view), weight in zip(views, weights, strict=True):
             weight = self.xp.asarray(weight)
-            require(weight.shape == view.shape,
-                    f"{path} must be {view.shape}. Received: {weight.shape}")
+            require(weight.shape == view.shape and np.can_cast(weight.dtype, "f8", "same_kind"),
+                    f"{path} must be real numbers, {view.shape}. "
+                    f"Received: {weight.dtype}, {weight.shape}")
             view[...] = weight
         if self.tie_word_embeddings:
             require(np.array_equal(to_numpy(weights[1]).T, to_numpy(weights[0])),
@@ -967,9 +1000,10 @@ class Phi3Backbone(Backbone):
         config.pop("tie_word_embeddings", None)  # Keras's file holds both embeddings
         if config.pop("sliding_window", None):
             warnings.warn("Keras's format knows no sliding window: it is left out.", stacklevel=2)
-        save_weights_to(pathlib.Path(directory) / "model.weights.h5", self)
-        write_json(pathlib.Path(directory) / "config.json",
-                   keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
+        with staged(directory) as temporary:
+            save_weights_to(temporary / "model.weights.h5", self)
+            write_json(temporary / "config.json",
+                       keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
 
 # ---- Presets: reading and writing ----------------------------------------------------------------
@@ -1301,7 +1335,7 @@ def save_weights_to(path, backbone):
     """Write `backbone`'s weights to one HDF5 file as Keras lays it out."""
     import h5py
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with h5py.File(path, "w") as file:
         for name, array in progress(backbone.keras_variables(backbone.weights), "saving"):
             dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
             if array.dtype == ml_dtypes.bfloat16:
@@ -1321,21 +1355,33 @@ def progress(named_arrays, what):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Give a temporary path to write to; at the end it becomes `path`, on failure it vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def staged(directory):
+    """Give a temporary directory to write to; at the end its files move to `directory`.
+
+    A directory that did not exist appears at once; in one that did, each file is replaced whole. On
+    failure nothing changes.
+    """
+    directory = pathlib.Path(directory).resolve()
+    there = directory.is_dir()
+    parent = directory if there else directory.parent
+    temporary = parent / f".{directory.name}.{os.urandom(8).hex()}.tmp"
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        os.replace(temporary, path)
+        if there:
+            for path in filter(pathlib.Path.is_file, sorted(temporary.rglob("*"))):
+                target = directory / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        else:
+            os.rename(temporary, directory)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path, content):
-    """Write a dict to a JSON file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
+    """Write a dict to a JSON file."""
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def keras_object(module, class_name, config):
@@ -1570,10 +1616,11 @@ class Phi3Tokenizer:
         Args:
             directory: str or path; made if need be.
         """
-        directory = pathlib.Path(directory)
-        write_json(directory / "tokenizer.json", self.keras_object())
-        with replacing(directory / "assets" / "tokenizer" / "vocabulary.spm") as path:
-            path.write_bytes(self.proto)
+        with staged(directory) as temporary:
+            write_json(temporary / "tokenizer.json", self.keras_object())
+            assets = temporary / "assets" / "tokenizer"
+            assets.mkdir(parents=True)
+            (assets / "vocabulary.spm").write_bytes(self.proto)
 
     def keras_object(self):
         """Return the dict that describes the tokenizer in Keras's JSON files."""
@@ -1802,8 +1849,9 @@ class Phi3CausalLMPreprocessor:
         }
         module = "models.phi3.phi3_causal_lm_preprocessor"
         content = keras_object(module, "Phi3CausalLMPreprocessor", config)
-        write_json(pathlib.Path(directory, "preprocessor.json"), content)
-        self.tokenizer.save_to_preset(directory)
+        with staged(directory) as temporary:
+            write_json(temporary / "preprocessor.json", content)
+            self.tokenizer.save_to_preset(temporary)
 
 
 # ---- The causal LM and its samplers --------------------------------------------------------------
@@ -1976,9 +2024,10 @@ class Phi3CausalLM:
         Args:
             directory: str or path; made if need be.
         """
-        self.backbone.save_to_preset(directory)
-        if self.preprocessor is not None:
-            self.preprocessor.save_to_preset(directory)
+        with staged(directory) as temporary:
+            self.backbone.save_to_preset(temporary)
+            if self.preprocessor is not None:
+                self.preprocessor.save_to_preset(temporary)
 
     def compile(self, sampler="top_k"):
         """Choose how `generate` picks tokens.
@@ -2079,7 +2128,9 @@ class Phi3CausalLM:
     def prepare(self, inputs, max_length):
         """Return `generate`'s inputs as token ids and prompt mask, host arrays [B, max_length]."""
         require_int("max_length", max_length, optional=True)
-        if not isinstance(inputs, dict):
+        if isinstance(inputs, dict):
+            require(max_length is None, "`max_length` is for strings: a dict has its own length.")
+        else:
             require(self.preprocessor is not None,
                     "Strings need a preprocessor, and this model has none: pass a dict.")
             inputs = [inputs] if isinstance(inputs, str) else inputs
@@ -2108,8 +2159,11 @@ class Phi3CausalLM:
             return [ids[token] for token in (END_TOKEN, "<|end|>") if token in ids]
         if stop_token_ids is None:
             return None
-        require(isinstance(stop_token_ids, (list, tuple)) and all(map(is_int, stop_token_ids)),
-                f'`stop_token_ids` must be "auto", None or ints. Received: {stop_token_ids!r}')
+        vocabulary = range(self.backbone.vocabulary_size)
+        require(isinstance(stop_token_ids, (list, tuple))
+                and all(is_int(token_id) and token_id in vocabulary for token_id in stop_token_ids),
+                f'`stop_token_ids` must be "auto", None or a list of ints in {vocabulary}. '
+                f"Received: {stop_token_ids!r}")
         return list(stop_token_ids)
 
     def next_logits(self, token_ids, index, cache, tap=None):
@@ -2124,11 +2178,11 @@ class Phi3CausalLM:
         from tqdm import tqdm
 
         backbone = self.backbone
-        stretch = 2048 if tap is None else index  # a tap sees the prompt whole
+        stretch = 2048 if tap is None else token_ids.shape[1]  # a tap sees the prompt whole
         if cache is None:
-            cache = KVCache(backbone, *token_ids.shape)
+            cache = KVCache(backbone, *token_ids.shape, stretch)
         elif backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length):
-            cache.length = 0
+            cache.first = cache.length = 0
         starts = range(cache.length, index, stretch)
         for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
             new_ids = backbone.xp.asarray(token_ids[:, start : min(start + stretch, index)])
@@ -2298,8 +2352,9 @@ class Trace(dict):
 
         arrays = {name: np.asarray(to_numpy(self[name]), order="C") for name in self}
         metadata = {key: json.dumps(value) for key, value in self.metadata.items()}
-        with replacing(pathlib.Path(path)) as temporary:
-            save_file(arrays, temporary, metadata)
+        path = pathlib.Path(path)
+        with staged(path.parent) as temporary:
+            save_file(arrays, temporary / path.name, metadata)
 
     @classmethod
     def load(cls, path):
