@@ -992,6 +992,7 @@ class Phi3Backbone(Backbone):
             directory: str or path; made if need be.
 
         Raises:
+            OSError: a file cannot be written.
             ValueError: KerasHub's Phi3Backbone cannot express this model.
         """
         config = self.get_config()
@@ -1335,11 +1336,14 @@ def save_weights_to(path, backbone):
     """Write `backbone`'s weights to one HDF5 file as Keras lays it out."""
     import h5py
 
-    with h5py.File(path, "w") as file:
-        for name, array in progress(backbone.keras_variables(backbone.weights), "saving"):
-            dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
-            if array.dtype == ml_dtypes.bfloat16:
-                dataset.attrs["dtype"] = "bfloat16"
+    try:
+        with h5py.File(path, "w") as file:
+            for name, array in progress(backbone.keras_variables(backbone.weights), "saving"):
+                dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
+                if array.dtype == ml_dtypes.bfloat16:
+                    dataset.attrs["dtype"] = "bfloat16"
+    except RuntimeError as error:  # what h5py raises where a file cannot be closed
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def progress(named_arrays, what):
@@ -1615,6 +1619,9 @@ class Phi3Tokenizer:
 
         Args:
             directory: str or path; made if need be.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         with staged(directory) as temporary:
             write_json(temporary / "tokenizer.json", self.keras_object())
@@ -1839,6 +1846,9 @@ class Phi3CausalLMPreprocessor:
 
         Args:
             directory: str or path; made if need be.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         config = {
             "tokenizer": self.tokenizer.keras_object(),
@@ -2023,6 +2033,9 @@ class Phi3CausalLM:
 
         Args:
             directory: str or path; made if need be.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         with staged(directory) as temporary:
             self.backbone.save_to_preset(temporary)
@@ -2347,14 +2360,17 @@ class Trace(dict):
         return trace
 
     def save(self, path):
-        """Write the arrays, and the metadata as JSON texts, to a safetensors file."""
-        from safetensors.numpy import save_file
+        """Write the arrays, and the metadata as JSON texts, to a safetensors file; or OSError."""
+        import safetensors.numpy
 
         arrays = {name: np.asarray(to_numpy(self[name]), order="C") for name in self}
         metadata = {key: json.dumps(value) for key, value in self.metadata.items()}
         path = pathlib.Path(path)
         with staged(path.parent) as temporary:
-            save_file(arrays, temporary / path.name, metadata)
+            try:
+                safetensors.numpy.save_file(arrays, temporary / path.name, metadata)
+            except safetensors.SafetensorError as error:
+                raise OSError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path):
