@@ -371,7 +371,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     """
     require(query.ndim == key.ndim == 4 and key.shape == value.shape
             and query.shape[::3] == key.shape[::3] and query.shape[1] <= key.shape[1]
-            and query.shape[2] % max(key.shape[2], 1) == 0
+            and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0
             and (padding_mask is None or padding_mask.shape == key.shape[:2]),
             "`query` must be [B, S, H, C], `key` and `value` [B, T, K, C], `padding_mask` [B, T], "
             "with S <= T, and K must divide H. Received: "

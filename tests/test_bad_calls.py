@@ -1,0 +1,204 @@
+"""Calls with wrong arrays and options: each is a ValueError that says which, and what was found."""
+
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import phi3_ref
+
+V, B, S, T, H, K, C, D = 64, 2, 3, 5, 6, 3, 4, 24
+CONFIG = dict(
+    vocabulary_size=V, num_layers=2, hidden_dim=D, intermediate_dim=40, num_query_heads=H,
+    num_key_value_heads=K,
+)
+
+
+def normal(*shape):
+    """Random numbers of that shape, float32."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+ATTENTION = dict(query=normal(B, S, H, C), key=normal(B, T, K, C), value=normal(B, T, K, C),
+                 padding_mask=np.ones((B, T), int))
+BAD_ATTENTION = {  # each case: the arguments that are wrong
+    "rank": dict(query=normal(S, H, C)),
+    "batch": dict(key=normal(3, T, K, C), value=normal(3, T, K, C)),
+    "batch of one": dict(key=normal(1, T, K, C), value=normal(1, T, K, C)),
+    "head_dim": dict(query=normal(B, S, H, 2 * C)),
+    "heads": dict(query=normal(B, S, 4, C)),
+    "no heads": dict(key=normal(B, T, 0, C), value=normal(B, T, 0, C)),
+    "positions": dict(query=normal(B, T + 1, H, C)),
+    "value": dict(value=normal(B, T + 1, K, C)),
+    "value's heads": dict(value=normal(B, T, 2 * K, C)),
+    "mask of the queries": dict(padding_mask=np.ones((B, S), int)),
+    "mask of one row": dict(padding_mask=np.ones((1, T), int)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ATTENTION)
+def test_attention_takes_only_arrays_that_fit_together(case):
+    """The message lists the shapes found."""
+    arguments = ATTENTION | BAD_ATTENTION[case]
+    phi3_ref.attention(**ATTENTION)
+    for name in BAD_ATTENTION[case]:
+        with pytest.raises(ValueError, match=re.escape(str(arguments[name].shape))):
+            phi3_ref.attention(**arguments)
+
+
+@pytest.mark.parametrize("sliding_window", [0, -1, 1.5, True, "4"])
+def test_attention_takes_only_a_window_of_positive_size(sliding_window):
+    """Zero is not "no window": that is None."""
+    with pytest.raises(ValueError, match="`sliding_window`"):
+        phi3_ref.attention(**ATTENTION, sliding_window=sliding_window)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (D - 1,), (1, D), (B, D)])
+def test_rms_norm_takes_only_one_scale_per_component(shape):
+    """Broadcasting would hide a wrong scale."""
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        phi3_ref.rms_norm(normal(B, D), normal(*shape), 1e-6)
+
+
+IDS = np.arange(B * S).reshape(B, S)
+BAD_INPUTS = {
+    "no dict": (IDS, "token_ids"),
+    "no ids": (dict(padding_mask=IDS > 0), "token_ids"),
+    "None": (dict(token_ids=None), "token_ids"),
+    "ragged": (dict(token_ids=[[1, 2], [3]]), "token_ids"),
+    "floats": (dict(token_ids=IDS * 1.0), "float64"),
+    "bools": (dict(token_ids=IDS > 0), "bool"),
+    "strings": (dict(token_ids=IDS.astype(str)), "<U"),
+    "rank 1": (dict(token_ids=IDS[0]), r"\(3,\)"),
+    "rank 3": (dict(token_ids=IDS[None]), r"\(1, 2, 3\)"),
+    "rank 0": (dict(token_ids=3), r"\(\)"),
+    "too large": (dict(token_ids=IDS + V), str(V + B * S - 1)),
+    "negative": (dict(token_ids=IDS - 1), "-1"),
+    "beyond 64 bits": (dict(token_ids=[[2**70]]), "object"),
+    "mask's shape": (dict(token_ids=IDS, padding_mask=np.ones((B, S + 1))), r"\(2, 4\)"),
+    "mask's row": (dict(token_ids=IDS, padding_mask=np.ones(S)), r"\(3,\)"),
+    "mask of twos": (dict(token_ids=IDS, padding_mask=np.full((B, S), 2)), "2"),
+    "mask of halves": (dict(token_ids=IDS, padding_mask=np.full((B, S), 0.5)), "0.5"),
+    "mask of NaN": (dict(token_ids=IDS, padding_mask=np.full((B, S), np.nan)), "nan"),
+    "mask of strings": (dict(token_ids=IDS, padding_mask=np.full((B, S), "1")), "1"),
+    "mask of None": (dict(token_ids=IDS, padding_mask=np.full((B, S), None)), "None"),
+    "ragged mask": (dict(token_ids=IDS, padding_mask=[[1], [1, 1]]), "padding_mask"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_a_model_takes_only_ids_of_its_vocabulary_and_masks_of_zeros_and_ones(case):
+    """By backbone, causal LM and generation alike."""
+    inputs, message = BAD_INPUTS[case]
+    backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=0)
+    causal_lm = phi3_ref.Phi3CausalLM(backbone)
+    with pytest.raises(ValueError, match=message):
+        backbone(inputs)
+    with pytest.raises(ValueError, match=message):
+        causal_lm(inputs)
+    if isinstance(inputs, dict):
+        with pytest.raises(ValueError, match=message):
+            causal_lm.generate(inputs, stop_token_ids=None)
+    assert "weights" not in vars(backbone)  # refused before weights are drawn
+
+
+PROMPT = dict(token_ids=np.ones((1, 4), int), padding_mask=np.array([[1, 1, 0, 0]]))
+BAD_OPTIONS = {
+    "a length for a dict": (PROMPT, dict(max_length=8), "max_length"),
+    "no length": ("What?", dict(max_length=0), "max_length"),
+    "half a length": ("What?", dict(max_length=2.5), "max_length"),
+    "a stop token as a number": (PROMPT, dict(stop_token_ids=3), "stop_token_ids"),
+    "a stop token as a word": (PROMPT, dict(stop_token_ids=["<|end|>"]), "stop_token_ids"),
+    "a stop token beyond the vocabulary": (PROMPT, dict(stop_token_ids=[10**6]), "1000000"),
+    "a negative stop token": (PROMPT, dict(stop_token_ids=[-1]), "-1"),
+    "a word for auto": (PROMPT, dict(stop_token_ids="none"), "stop_token_ids"),
+    "an empty batch": (dict(token_ids=np.ones((0, 4), int)), dict(), "at least one token"),
+    "an empty prompt": (PROMPT | dict(padding_mask=np.zeros((1, 4))), dict(), "at least one token"),
+    "no text": ([], dict(), "at least one token"),
+    "a number for a prompt": (7, dict(), "text"),
+    "a list of numbers": ([7], dict(), "text"),
+    "None for a prompt": (None, dict(), "text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_generate_takes_only_options_that_mean_something(case):
+    """The message says which option it is."""
+    inputs, options, message = BAD_OPTIONS[case]
+    causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en")
+    with pytest.raises(ValueError, match=message):
+        causal_lm.generate(inputs, **options)
+
+
+def test_weights_of_the_wrong_kind_leave_the_old_ones():
+    """Wrong count, shape or dtype, in any place of the list."""
+    backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=0)
+    old = backbone.get_weights()
+    for place in (0, 1, 7, len(old) - 1):
+        for wrong in (old[place][..., :-1], old[place].T[None], old[place] * 1j,
+                      old[place].astype(str), old[place].astype(object), None):
+            weights = [2 * weight for weight in old]
+            weights[place] = wrong
+            with pytest.raises(ValueError, match="must be real numbers"):
+                backbone.set_weights(weights)
+    for weights in (old[:-1], [*old, old[0]], []):
+        with pytest.raises(ValueError, match=f"{len(old)} arrays"):
+            backbone.set_weights(weights)
+    for found, weight in zip(backbone.get_weights(), old, strict=True):
+        np.testing.assert_array_equal(found, weight)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64", "int8"])
+def test_weights_of_another_real_dtype_are_converted(dtype):
+    """As Keras does."""
+    backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=0)
+    weights = [np.round(100 * weight).astype(dtype) for weight in backbone.get_weights()]
+    backbone.set_weights(weights)
+    for found, weight in zip(backbone.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(found, weight.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_empty_batches_and_sequences_have_empty_results(shape):
+    """On both attentions, as NumPy's own functions."""
+    for fused in (True, False):
+        backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=0, fused=fused)
+        logits = phi3_ref.Phi3CausalLM(backbone)({"token_ids": np.zeros(shape, int)})
+        assert logits.shape == (*shape, V) and logits.dtype == np.float32
+
+
+HUGE = 10**30
+BAD_CONFIGS = [
+    ("vocabulary_size", HUGE), ("num_layers", 2**63), ("hidden_dim", float("inf")),
+    ("layer_norm_epsilon", 10**400), ("layer_norm_epsilon", float("nan")),
+    ("layer_norm_epsilon", 1e39), ("rope_max_wavelength", 1e300), ("dropout", -HUGE), ("seed", -1), ("seed", 2**64),
+    ("max_sequence_length", HUGE), ("head_dim", HUGE), ("sliding_window", HUGE),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_CONFIGS)
+def test_no_argument_is_astronomical(name, value):
+    """Integers have 64 bits, numbers fit into float32."""
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        phi3_ref.Phi3Backbone(**CONFIG | {name: value})
+
+
+@pytest.mark.parametrize("name", ["vocabulary_size", "num_layers", "intermediate_dim", "head_dim"])
+def test_a_model_larger_than_any_memory_is_refused_at_once(name):
+    """Before a shape is made of it."""
+    with pytest.raises(ValueError, match="No memory"):
+        phi3_ref.Phi3Backbone(**CONFIG | {name: 2**60})
+
+
+def test_a_causal_lm_takes_only_a_tokenizer_that_fits():
+    """A token beyond the embeddings could not be looked up."""
+    preprocessor = phi3_ref.Phi3CausalLMPreprocessor.from_preset("phi3_tiny_puzzles_en")
+    tokens = preprocessor.tokenizer.vocabulary_size()
+    for size in (tokens - 1, tokens):
+        backbone = phi3_ref.Phi3Backbone(**CONFIG | dict(vocabulary_size=size))
+        if size == tokens:
+            phi3_ref.Phi3CausalLM(backbone, preprocessor)
+        else:
+            with pytest.raises(ValueError, match=f"{tokens} tokens"):
+                phi3_ref.Phi3CausalLM(backbone, preprocessor)
