@@ -172,8 +172,9 @@ HUGE = 10**30
 BAD_CONFIGS = [
     ("vocabulary_size", HUGE), ("num_layers", 2**63), ("hidden_dim", float("inf")),
     ("layer_norm_epsilon", 10**400), ("layer_norm_epsilon", float("nan")),
-    ("layer_norm_epsilon", 1e39), ("rope_max_wavelength", 1e300), ("dropout", -HUGE), ("seed", -1), ("seed", 2**64),
-    ("max_sequence_length", HUGE), ("head_dim", HUGE), ("sliding_window", HUGE),
+    ("layer_norm_epsilon", 1e39), ("rope_max_wavelength", 1e300), ("dropout", -HUGE),
+    ("seed", -1), ("seed", 2**64), ("max_sequence_length", HUGE), ("head_dim", HUGE),
+    ("sliding_window", HUGE),
 ]
 
 
