@@ -1304,32 +1304,40 @@ def load_weights_from(preset, backbone):
             require(ignored, f"{found[name].path}: unknown tensor {name!r}")
 
         def read(name):
-            path = found[name].path
             try:
-                with np.errstate(over="ignore"):  # told below
-                    array = found[name].read().astype(backbone.weight_dtype, copy=False)
+                return backbone.xp.asarray(found[name].read())
             except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{path}: {name} cannot be read: {error}") from error
-            require(is_finite(array), f"{path}: {name} has NaN or infinite {array.dtype} values")
-            return backbone.xp.asarray(array)
+                raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
 
+        def check(name, array):
+            require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
+                    "has values that are NaN or infinite")
+
+        stack.enter_context(np.errstate(over="ignore"))  # `check` says it, and where
         if keras:
             weights = backbone.empty_weights()
             for name, array in progress(backbone.keras_variables(weights), "loading"):
                 array[...] = read(name)
+                check(name, array)
         else:  # a file's array that is of the right dtype, and not for a GPU, is used as it is
             backbone.require_memory_for_weights()
-            arrays = iter([read(name) for name, _ in progress(expected.items(), "loading")])
-            weights = backbone.build_weights(lambda shape, stddev: next(arrays))
+            arrays = []
+            for name, _ in progress(expected.items(), "loading"):
+                arrays.append(read(name).astype(backbone.weight_dtype, copy=False))
+                check(name, arrays[-1])
+            remaining = iter(arrays)
+            weights = backbone.build_weights(lambda shape, stddev: next(remaining))
     backbone.weights = weights
 
 
 def is_finite(array):
     """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
-    # Read as integers, these are the largest patterns; the sign bit is the largest if unsigned.
-    bits = {kind: f"{kind}{array.dtype.itemsize}" for kind in "iu"}
-    return all(array.view(bits[kind]).max() < np.array(limit, array.dtype).view(bits[kind])
-               for kind, limit in (("i", math.inf), ("u", -math.inf)))
+    # Read as integers, these are the largest patterns; with the sign, the largest if unsigned.
+    for kind, limit in (("i", math.inf), ("u", -math.inf)):
+        bits = f"{kind}{array.dtype.itemsize}"
+        if int(array.view(bits).max()) >= int(np.array(limit, array.dtype).view(bits)):
+            return False
+    return True
 
 
 def save_weights_to(path, backbone):
