@@ -1213,6 +1213,8 @@ def open_hdf5(path, stack):
     file, found = stack.enter_context(h5py.File(path, "r")), {}
 
     def visit(name, item):  # called for what the file itself holds; links are not followed
+        require(isinstance(name, str) and name.count("/") < 9,  # bytes are no UTF-8
+                f"{name!r} is no name that Keras gives")
         if isinstance(item, h5py.Dataset):
             # What lies in another file has no place here; what is compressed could swell.
             require(item.chunks is None and not item.external and not item.is_virtual
@@ -2034,7 +2036,11 @@ class Phi3CausalLM:
         Its preprocessor is None where the preset has no SentencePiece tokenizer.
         """
         preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
-        return cls(Phi3Backbone.from_preset(preset, load_weights, **kwargs), preprocessor)
+        backbone = Phi3Backbone.from_preset(preset, load_weights, **kwargs)
+        try:
+            return cls(backbone, preprocessor)
+        except ValueError as error:
+            raise ValueError(f"preset {str(preset)!r}: {error}") from error
 
     def save_to_preset(self, directory):
         """Write weights, configuration and tokenizer to `directory` in Keras's format.
