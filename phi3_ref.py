@@ -971,7 +971,8 @@ class Phi3Backbone(Backbone):
         Raises:
             FileNotFoundError: the preset, or a file that it needs, does not exist.
             MemoryError: there is less memory free than the weights need.
-            OSError: a file cannot be read.
+            OSError: a file cannot be read; the hub cannot be reached (ConnectionError), or asks for
+                a log-in or for consent (PermissionError).
             ValueError: a file's content is not that of a Phi-3, or an argument's value is
                 impossible.
         """
@@ -1040,32 +1041,56 @@ class Preset:
                 f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
 
     def file(self, name):
-        """Return the local path of one of the preset's files, or None where it has none."""
+        """Return the local path of one of the preset's files, or None where it has none.
+
+        Raises:
+            ConnectionError: the hub cannot be reached, or answers with an error.
+            FileNotFoundError: the hub has no such repository.
+            PermissionError: the hub asks for a log-in, or for consent to the model's terms.
+            ValueError: the handle is malformed.
+        """
+        if not self.scheme:
+            path = pathlib.Path(self.handle, name)
+            return path if path.is_file() else None
+        try:
+            return self.download(name)
+        except Exception as error:  # each client has its own
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            malformed = isinstance(error, ValueError) and not isinstance(error, OSError)
+            if malformed or getattr(error, "errno", None):  # or the disk is full, say
+                raise
+            kind, advice = {
+                401: (PermissionError, "check the name, or log in"),
+                403: (PermissionError, "accept the model's terms on its page, and log in"),
+                404: (FileNotFoundError, "check the name"),
+            }.get(status, (ConnectionError, "try again; what was fetched before is kept"))
+            raise kind(f"{name} of preset {self.name!r}: {advice}. {error}") from error
+
+    def download(self, name):
+        """Return the local path of a hub's file, fetched unless it is in the hub's own cache."""
         if self.scheme == "kaggle":
             import kagglehub
-            from kagglehub.exceptions import KaggleApiHTTPError
 
             try:
                 return pathlib.Path(kagglehub.model_download(self.handle, name))
-            except (KaggleApiHTTPError, ValueError) as error:
+            except (kagglehub.exceptions.KaggleApiHTTPError, ValueError) as error:
                 # Two ways of saying that there is no such file, one online, one from the cache.
-                if "404" in str(error) or "is not present in the model files" in str(error):
+                if name != "config.json" and (
+                    "404" in str(error) or "is not present in the model files" in str(error)
+                ):
                     return None
                 raise
-        if self.scheme == "hf":
-            import huggingface_hub
-            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-            try:
-                return pathlib.Path(huggingface_hub.hf_hub_download(self.handle, name))
-            except EntryNotFoundError as error:
-                # Offline, only what the cache knows to be missing is missing.
-                offline = isinstance(error, LocalEntryNotFoundError)
-                if offline and huggingface_hub.try_to_load_from_cache(self.handle, name) is None:
-                    raise
-                return None
-        path = pathlib.Path(self.handle, name)
-        return path if path.is_file() else None
+        try:
+            return pathlib.Path(huggingface_hub.hf_hub_download(self.handle, name))
+        except EntryNotFoundError as error:
+            # Offline, only what the cache knows to be missing is missing.
+            offline = isinstance(error, LocalEntryNotFoundError)
+            if offline and huggingface_hub.try_to_load_from_cache(self.handle, name) is None:
+                raise
+            return None
 
     def json(self, name):
         """Return the object in one of the preset's JSON files, or None where there is no file."""
