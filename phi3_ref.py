@@ -1299,8 +1299,8 @@ def load_weights_from(preset, backbone):
     open_file = open_hdf5 if keras else open_safetensors
     named_arrays = backbone.keras_variables if keras else backbone.huggingface_tensors
     floats = ("float64", "float32", "float16", "bfloat16")
-    require(not (keras and backbone.tie_word_embeddings),
-            "Keras's format holds two embeddings: `tie_word_embeddings` must be False.")
+    require(not (keras and backbone.tie_word_embeddings), f"{preset.name} is in Keras's format, "
+            "which holds two embeddings: `tie_word_embeddings` must be False.")
     with contextlib.ExitStack() as stack:
         found, (paths, weight_map) = {}, preset.weight_files()
         for path in paths:

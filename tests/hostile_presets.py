@@ -354,7 +354,12 @@ def spoil_bytes(directory, choices):
 
 def files_of(directory):
     """The names of a directory's files, sorted; not of those that were made too large to read."""
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*")
+    return sorted(str(path.relative_to(directory)) for path in regular(directory, "*"))
+
+
+def regular(directory, pattern):
+    """The paths of such files: not of what would block when it is read, or take all memory."""
+    return sorted(path for path in directory.rglob(pattern)
                   if path.is_file() and path.stat().st_size < 2**26)
 
 
@@ -461,7 +466,7 @@ def write_safetensors(path, header, body, size=None):
 
 def spoil_safetensors(directory, choices):
     """Change the structure of one safetensors file; the name of the change."""
-    path = choices.pick(sorted(directory.glob("*.safetensors")))
+    path = choices.pick(regular(directory, "*.safetensors"))
     header, body = read_safetensors(path)
     names = [name for name in header if name != "__metadata__"]
     name, other = choices.pick(names), choices.pick(names)
@@ -655,7 +660,7 @@ HDF5 = {
 
 def spoil_hdf5(directory, choices, canary):
     """Change the structure of one HDF5 file; the name of the change."""
-    path = choices.pick(sorted(directory.glob("*.h5")))
+    path = choices.pick(regular(directory, "*.h5"))
     kind = choices.pick(list(HDF5))
     names = []
     with h5py.File(path, "r+") as file:
@@ -670,7 +675,7 @@ def spoil_hdf5(directory, choices, canary):
 
 def spoil_index(directory, choices, canary):
     """Make the index of a sharded preset contradict its shards; the name of the change."""
-    path = choices.pick(sorted([*directory.glob("model*.json")]))
+    path = choices.pick(regular(directory, "model*.json"))
     index = json.loads(path.read_text())
     weight_map = index["weight_map"]
     key, other = choices.pick(list(weight_map)), choices.pick(list(weight_map))
@@ -711,7 +716,7 @@ def spoil_index(directory, choices, canary):
 
 def spoil_vocabulary(directory, choices):
     """Change a SentencePiece model's pieces and settings; the name of the change."""
-    path = choices.pick([*directory.rglob("*.spm"), *directory.glob("tokenizer.model")])
+    path = choices.pick(regular(directory, "*.spm") + regular(directory, "tokenizer.model"))
     model = ModelProto.FromString(path.read_bytes())
     piece = model.pieces[choices.below(len(model.pieces))]
     other = model.pieces[choices.below(len(model.pieces))]
@@ -825,13 +830,13 @@ def mutate(directory, source, canary):
     choices, done = Choices(source), []
     for _ in range(choices.pick([1, 1, 1, 2])):
         kinds = [spoil_bytes, spoil_bytes, spoil_json, spoil_directory]
-        if list(directory.glob("*.safetensors")):
+        if regular(directory, "*.safetensors"):
             kinds += [spoil_safetensors, spoil_safetensors]
-        if list(directory.glob("*.h5")):
+        if regular(directory, "*.h5"):
             kinds += [spoil_hdf5, spoil_hdf5]
-        if [*directory.glob("model*.json")]:
+        if regular(directory, "model*.json"):
             kinds += [spoil_index]
-        if [*directory.rglob("*.spm"), *directory.glob("tokenizer.model")]:
+        if regular(directory, "*.spm") + regular(directory, "tokenizer.model"):
             kinds += [spoil_vocabulary]
         spoil = choices.pick(kinds)
         takes_canary = spoil in (spoil_directory, spoil_hdf5, spoil_index)
@@ -946,7 +951,7 @@ def stored_arrays(directory, names):
     found = {}
     whole = [directory / name for name in ("model.weights.h5", "model.safetensors")
              if (directory / name).is_file()]  # before shards, as in KerasHub and transformers
-    for path in whole or sorted([*directory.glob("*.safetensors"), *directory.glob("*.h5")]):
+    for path in whole or regular(directory, "*.safetensors") + regular(directory, "*.h5"):
         if path.suffix == ".safetensors":
             arrays = safetensors.numpy.load_file(path)
             found |= {name: arrays[name].astype(np.float32) for name in names & arrays.keys()}
@@ -986,7 +991,7 @@ def different(causal_lm, before, directory):
             size = tokenizer.vocabulary_size()
             if size > backbone.vocabulary_size:
                 return Outcome("finding", f"{size} tokens, {backbone.vocabulary_size} embeddings")
-            vocabulary = [*directory.rglob("*.spm")]
+            vocabulary = regular(directory, "*.spm")
             if vocabulary and tokenizer.added_tokens is None:
                 processor = sentencepiece.SentencePieceProcessor(
                     model_proto=vocabulary[0].read_bytes())

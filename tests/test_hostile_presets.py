@@ -1,0 +1,129 @@
+"""Presets that somebody broke or forged: refused by name, at once, or loaded as their files say.
+
+`hostile_presets.Judge` holds every load to all of it: the documented exceptions, a message that
+names the preset and stays short, two seconds, no more memory than a correct load and 64 MB, no file
+descriptor or temporary file left, no file outside the preset opened, nothing unpickled, and what
+loads equal to what an independent reader of the files finds.
+"""
+
+import random
+import re
+
+import hostile_presets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+STORED = "is not stored as Keras does: whole, in this file, uncompressed"
+ABSENT = "there is no tensor layers/"
+ELSEWHERE = "for which the index names"
+BESIDE = "which is not a file beside it|has no '"
+# Kind of change: what the message says, or None where the preset is still one.
+HDF5 = {
+    "external link": ABSENT, "external link of a group": ABSENT,
+    "external link of layers": f"cannot be those of|{ABSENT}", "soft link": ABSENT,
+    "hard link": ABSENT, "cycle": None, "external storage": STORED, "virtual": STORED,
+    "virtual of this file": STORED, "gzip bomb": STORED, "text": STORED, "variable length": STORED,
+    "compound": STORED, "array items": STORED, "references": STORED, "enum": STORED,
+    "wrong shape": r"must be \(.*\)\. Found: \(|" + STORED, "null": "Found: None",
+    "big-endian": None, "astronomical": STORED, "unallocated": STORED, "missing": ABSENT,
+    "missing layers": f"cannot be those of|{ABSENT}", "extra": f"unknown tensor|{ELSEWHERE}",
+    "group": ABSENT, "named type": ABSENT, "not finite": "has values that are NaN or infinite",
+    "huge values": "has values that are NaN or infinite", "many": None,
+    "deep": "is no name that Keras gives", "other names": "is no name that Keras gives",
+}
+SAFETENSORS = {
+    "size": "its header has|is not JSON|cannot be read", "offsets": "cannot be read",
+    "missing": "cannot be read|there is no tensor", "duplicate": "comes twice",
+    "root": "cannot be read", "behind": "cannot be read", "hole": "cannot be read",
+    "not finite": "has values that are NaN or infinite",
+}
+INDEX = {
+    "outside": BESIDE, "absolute": BESIDE, "wrong shard": ELSEWHERE, "missing entry": ELSEWHERE,
+    "missing shard": "has no 'model", "copied shard": f"is in another file|{ELSEWHERE}",
+    "swapped shards": f"is in another file|{ELSEWHERE}", "extra entry": None,
+}
+VOCABULARY = {
+    "more": "The tokenizer has|malformed tokenizer", "none": "SentencePiece|malformed tokenizer",
+    "twice": "is already defined", "score": None, "sampling": None,
+}
+DIRECTORY = {
+    "pickle": "pickles .* are not read|has no 'model", "link": None,
+}
+CASES = [
+    (function, kind, message)
+    for function, kinds in (
+        (hostile_presets.spoil_hdf5, HDF5), (hostile_presets.spoil_safetensors, SAFETENSORS),
+        (hostile_presets.spoil_index, INDEX), (hostile_presets.spoil_vocabulary, VOCABULARY),
+        (hostile_presets.spoil_directory, DIRECTORY))
+    for kind, message in kinds.items()
+]
+
+
+class OneKind(hostile_presets.Choices):
+    """Random choices, except of the kind of change."""
+
+    def __init__(self, source, kind):
+        super().__init__(source)
+        self.kind = kind
+
+    def pick(self, options):
+        return self.kind if self.kind in options else super().pick(options)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hostile")
+    (directory / "temporary").mkdir()
+    return hostile_presets.Judge(*(directory / name for name in ("preset", "canary", "temporary")))
+
+
+@pytest.mark.parametrize("name", hostile_presets.PRESETS)
+def test_an_unspoilt_preset_loads_as_it_was_saved(judge, name):
+    """Settings, weights bit by bit, and tokenization; within the limits that follow."""
+    judge.write(name)
+    assert judge.outcome(name).kind == "equal"
+
+
+@pytest.mark.parametrize("function, kind, message", CASES,
+                         ids=[f"{f.__name__} {kind}" for f, kind, _ in CASES])
+def test_a_forged_preset_is_refused_by_name(judge, function, kind, message):
+    """Each kind of change, on every preset that it applies to."""
+    seen = 0
+    for name in judge.presets:
+        for seed in range(2):
+            judge.write(name)
+            arguments = [judge.canary] if function in (
+                hostile_presets.spoil_hdf5, hostile_presets.spoil_index,
+                hostile_presets.spoil_directory) else []
+            if not any(judge.directory.glob("*.h5" if function is hostile_presets.spoil_hdf5
+                       else "*.safetensors" if function is hostile_presets.spoil_safetensors
+                       else "model*.json" if function is hostile_presets.spoil_index else "*")):
+                continue
+            if function is hostile_presets.spoil_vocabulary and not any(
+                    path.suffix in (".spm", ".model") for path in judge.directory.rglob("*")):
+                continue
+            function(judge.directory, OneKind(random.Random(seed), kind), *arguments)
+            outcome = judge.outcome(name)
+            if message is None:
+                assert outcome.kind in ("equal", "other weights"), outcome
+            else:
+                assert outcome.kind == "refused", outcome
+                assert re.search(message, outcome.detail, re.DOTALL), outcome
+            seen += 1
+    assert seen >= 2
+
+
+@settings(max_examples=500)
+@given(st.binary(max_size=200))
+def test_any_change_of_any_file_is_harmless(judge, source):
+    """Hypothesis writes the choices: which preset, which file, which bytes or structure."""
+    choices = hostile_presets.Choices(source)
+    name = choices.pick(list(judge.presets))
+    judge.write(name)
+    try:
+        change = hostile_presets.mutate(judge.directory, choices.rest, judge.canary)
+    except Exception:  # the change does not apply to this file
+        return
+    outcome = judge.outcome(name)
+    assert outcome.kind != "finding", f"{change}: {outcome.detail}"
