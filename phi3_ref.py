@@ -89,7 +89,7 @@ def load_backend(backend):
 def require_memory(xp, size, what):
     """Raise MemoryError if `what`, of `size` bytes, is more than the GPU has free.
 
-    (On the host, NumPy says so itself, and the operating system counts.)
+    (On the host, NumPy itself raises MemoryError.)
     """
     if xp is not np:
         free = xp.cuda.runtime.memGetInfo()[0] + xp.get_default_memory_pool().free_bytes()
@@ -118,12 +118,12 @@ def linear(x, weight):
     """
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
     narrow, few = x.dtype.itemsize == 2, len(rows) < 128
-    if get_array_module(x) is not np or (not narrow and (len(rows) == 1 or not few)):
+    if get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
         product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
     else:
-        # In pieces: BLAS multiplies 2 to 100 rows up to 1.8 times faster if a piece of the weight
-        # comes first; 16-bit weights are upcast without a copy of the whole, for few rows in pieces
-        # so small that they stay in cache (3 times faster).
+        # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
+        # upcast at once; for few rows so small a piece that it stays in cache (3 times faster).
+        # 2 to 127 rows: BLAS is up to 1.8 times faster if a piece comes first, (W x^T)^T.
         rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
         size = 128 if few and narrow else 512
         for start in range(0, len(weight), size):
@@ -258,6 +258,7 @@ def rotary_embedding(x, cos, sin):
     """
     xp, half = get_array_module(x), cos.shape[-1]
     x1, x2 = x[..., :half], x[..., half : 2 * half]
+    # (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin): in place, for fresh memory is slow.
     rotated = x.copy()
     rotated[..., : 2 * half] *= xp.concatenate([cos, cos], axis=-1)
     rotated[..., :half] -= x2 * sin
@@ -350,9 +351,9 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
 def attention(query, key, value, padding_mask=None, sliding_window=None):
     """Causal grouped-query attention that never holds the score matrix.
 
-    Queries are taken in blocks, each with the keys up to its last one only: memory grows with T,
-    not with S x T, and about half of the products are never computed. Inside a block everything is
-    float32 (float64 for the oracle), rounded once at the end.
+    Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
+    time: memory grows with T, not with S x T, and about half of the products are never computed.
+    Inside a block everything is float32 (float64 for the oracle), rounded once at the end.
 
     Args:
         query: [B, S, H, C]; the queries are the last S of the T positions.
@@ -370,7 +371,8 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea.
     """
     require(query.ndim == key.ndim == 4 and key.shape == value.shape
-            and query.shape[::3] == key.shape[::3] and query.shape[1] <= key.shape[1]
+            and query.shape[::3] == key.shape[::3]  # B and C
+            and query.shape[1] <= key.shape[1]
             and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0
             and (padding_mask is None or padding_mask.shape == key.shape[:2]),
             "`query` must be [B, S, H, C], `key` and `value` [B, T, K, C], `padding_mask` [B, T], "
@@ -384,10 +386,11 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     xp = get_array_module(query)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
     G, block = H // K, 128
-    query = query.reshape(B, S, K, G, C)
+    query = query.reshape(B, S, K, G, C)  # query head k * G + g reads key/value head k
     context = xp.empty((B, S, K, G, C), query.dtype)
-    scores_per_head = max(1, G * min(S, block) * T)
-    heads = max(1, 2**18 // scores_per_head)  # key/value heads at once: their scores stay in cache
+    # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): in
+    # decoding all, in a long prompt one. Sizes may be 0, hence max(1, ...).
+    heads = max(1, 2**18 // max(1, G * min(S, block) * T))
     for b, start in itertools.product(range(B), range(0, S, block)):
         stop = min(start + block, S)
         # The block's queries, [s], are the last of the positions [first, last), [t].
@@ -397,30 +400,30 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
         if padding_mask is not None:
             visible = visible & padding_mask[b, first:last].astype(bool)
-        for k in range(0, K, heads):
-            shared = slice(k, k + heads)  # k key/value heads, each for the G queries of its group
+        for first_head in range(0, K, heads):
+            shared = slice(first_head, first_head + heads)  # k of the K key/value heads
             rows = upcast(query[b, start:stop, shared]) * C**-0.5  # [s, k, G, C]
-            rows = rows.transpose(1, 2, 0, 3).reshape(-1, G * (stop - start), C)  # [k, Gs, C]
+            rows = rows.transpose(1, 2, 0, 3).reshape(-1, G * (stop - start), C)  # [k, G * s, C]
             keys = upcast(key[b, first:last, shared]).transpose(1, 2, 0)  # [k, C, t]
             values = upcast(value[b, first:last, shared]).transpose(1, 0, 2)  # [k, t, C]
-            # The softmax, in place; dividing by the sum comes last, where there is less to divide.
+            # As in `softmax`, but in place, and divided last: [s, C] is less to divide than [s, t].
             scores = (rows @ keys).reshape(-1, G, *visible.shape)  # [k, G, s, t]
             xp.copyto(scores, -math.inf, where=~visible)
             row_max = scores.max(axis=-1, keepdims=True)
             scores -= xp.where(row_max == -math.inf, 0, row_max)
             exponentials = xp.exp(scores, out=scores)
             total = exponentials.sum(axis=-1, keepdims=True)  # [k, G, s, 1]
-            sums = exponentials.reshape(*rows.shape[:2], -1) @ values  # [k, Gs, C]
-            sums = sums.reshape(*scores.shape[:3], C) / xp.where(total == 0, 1, total)
-            context[b, start:stop, shared] = sums.transpose(2, 0, 1, 3)
+            sums = exponentials.reshape(*rows.shape[:2], -1) @ values  # [k, G * s, C]
+            means = sums.reshape(*scores.shape[:3], C) / xp.where(total == 0, 1, total)
+            context[b, start:stop, shared] = means.transpose(2, 0, 1, 3)
     return context.reshape(B, S, H, C)
 
 
 def silu(x):
     """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
     wide_x, xp = upcast(x), get_array_module(x)
-    y = -wide_x
-    with np.errstate(over="ignore"):  # exp(-x) = inf gives -0, which is the limit
+    y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
+    with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
         xp.exp(y, out=y)
     y += 1
     return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
@@ -482,7 +485,7 @@ def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attent
     gate = tap("feedforward_gate", gate_intermediate[..., :F])
     intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
     gated = silu(gate)
-    gated *= intermediate
+    gated *= intermediate  # in place: the array is silu's own
     output = linear(gated, feedforward_output)
     return x + drop(tap("feedforward_output", output))
 
@@ -500,13 +503,13 @@ class KVCache:
         backbone: the Phi3Backbone that fills it.
         batch_size: int, B.
         max_length: int, the number of positions that there is room for.
-        stretch: int or None; with a sliding window, the most positions that come at once.
+        chunk: int or None; with a sliding window, the most positions that come at once.
     """
 
-    def __init__(self, backbone, batch_size, max_length, stretch=None):
+    def __init__(self, backbone, batch_size, max_length, chunk=None):
         self.window = backbone.sliding_window
-        if self.window and stretch:  # room for a second window: positions are moved only rarely
-            max_length = min(max_length, self.window + max(self.window, stretch))
+        if self.window and chunk:  # room for a second window: positions are moved only rarely
+            max_length = min(max_length, self.window + max(self.window, chunk))
         heads = backbone.num_key_value_heads, backbone.head_dim
         shape = backbone.num_layers, 2, batch_size, max_length, *heads
         size = math.prod(shape) * backbone.compute_dtype.itemsize
@@ -521,7 +524,7 @@ class KVCache:
         if self.window and stored + count > self.arrays.shape[3]:
             kept = min(stored, self.window - 1)
             for layer in self.arrays:
-                layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()
+                layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()  # they may overlap
             self.first = self.length - kept
 
     def append(self, layer, key, value):
@@ -682,7 +685,8 @@ class Phi3Backbone(Backbone):
     ):
         """Like `__call__`, on checked arrays; with a `KVCache`, on the S positions after.
 
-        `total` is the length of the whole sequence, if the next call goes on with it.
+        `total` is the length of a prompt that comes in several calls, which must all take the same
+        su factors; None: it ends here.
         """
         start = 0 if cache is None else cache.length
         end = start + token_ids.shape[1]  # [start, end) are the S positions
@@ -910,7 +914,7 @@ class Phi3Backbone(Backbone):
         self.weights = ours
 
     def count_params(self):
-        """Return the number of parameters, an int; nothing is allocated."""
+        """Return the number of parameters, an int, even of a model too large for any array."""
         V, D, F = self.vocabulary_size, self.hidden_dim, self.intermediate_dim
         H, K, C = self.num_query_heads, self.num_key_value_heads, self.head_dim
         layer = D * (H + 2 * K) * C + H * C * D + 3 * D * F + 2 * D
@@ -1281,11 +1285,12 @@ def map_tensor(path, start, shape, dtype):
     """Return the array of that shape and dtype that begins at byte `start` of a file.
 
     It is mapped, not read: its pages are read when they are first used, and all processes that use
-    them share them. Writing to the array copies the page, and never changes the file.
+    them share them. Writing to the array copies the page, and never changes the file. (Where it
+    is not aligned it is read, as BLAS takes aligned arrays only.)
     """
-    if start % np.dtype(dtype).itemsize:  # BLAS takes aligned arrays only
+    if start % np.dtype(dtype).itemsize:
         return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
-    return np.asarray(np.memmap(path, dtype, "c", start, shape))
+    return np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape))
 
 
 def load_weights_from(preset, backbone):
@@ -1359,7 +1364,8 @@ def load_weights_from(preset, backbone):
 
 def is_finite(array):
     """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
-    # Read as integers, these are the largest patterns; with the sign, the largest if unsigned.
+    # IEEE's bits, read as integers, sort like the numbers: infinity lies above all finite ones, and
+    # NaNs above it; the negative ones come last if the integers are unsigned.
     for kind, limit in (("i", math.inf), ("u", -math.inf)):
         bits = f"{kind}{array.dtype.itemsize}"
         if int(array.view(bits).max()) >= int(np.array(limit, array.dtype).view(bits)):
@@ -2221,7 +2227,7 @@ class Phi3CausalLM:
     def next_logits(self, token_ids, index, cache, tap=None):
         """Return the logits [B, V] for position `index`, and the cache of all positions before it.
 
-        The prompt is computed in stretches, so that activations take no more memory than one does;
+        The prompt is computed in chunks, so that activations take no more memory than one chunk's;
         each later position is computed alone. But where a sequence outgrows the pretraining length,
         su scaling changes RoPE's factors, and the cached keys, rotated with the short ones, are
         computed anew with the long ones: as the model's authors do. (KerasHub goes by the buffer's
@@ -2230,14 +2236,14 @@ class Phi3CausalLM:
         from tqdm import tqdm
 
         backbone = self.backbone
-        stretch = 2048 if tap is None else token_ids.shape[1]  # a tap sees the prompt whole
+        chunk = 2048 if tap is None else token_ids.shape[1]  # a tap sees the prompt whole
         if cache is None:
-            cache = KVCache(backbone, *token_ids.shape, stretch)
+            cache = KVCache(backbone, *token_ids.shape, chunk)
         elif backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length):
-            cache.first = cache.length = 0
-        starts = range(cache.length, index, stretch)
+            cache.first = cache.length = 0  # start over
+        starts = range(cache.length, index, chunk)
         for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
-            new_ids = backbone.xp.asarray(token_ids[:, start : min(start + stretch, index)])
+            new_ids = backbone.xp.asarray(token_ids[:, start : min(start + chunk, index)])  # [B, S]
             hidden_states = backbone.forward(new_ids, cache=cache, tap=tap, total=index)
         return self.logits_of(hidden_states[:, -1:], tap)[:, 0], cache
 

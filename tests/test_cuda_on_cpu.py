@@ -463,3 +463,44 @@ def test_emulate_restores():
         assert [name for name, *_ in launches] == ["rms_norm<float, 4>"]
         raise ZeroDivisionError
     assert before == [getattr(kernels_cuda, name) for name in names]
+
+
+# What a launch asks of global memory --------------------------------------------------------------
+
+TRAFFIC = """
+__global__ void copy(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = x[i];
+}
+__global__ void copy_vectors(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (4 * i < n) reinterpret_cast<float4*>(y)[i] = reinterpret_cast<const float4*>(x)[i];
+}
+__global__ void sum_rows(const float* x, float* y, int n) {
+    float sum = 0;
+    for (int i = 0; i < n; ++i) sum += x[threadIdx.x * n + i];
+    y[threadIdx.x] = sum;
+}
+"""
+
+
+@pytest.mark.parametrize("name, grid, block, sizes, n, asked, segments", [
+    ("copy", 2, 128, (256, 256), 256, 2048, 2048),
+    ("copy", 2, 128, (256, 256), 201, 1608, 2 * 832),  # 201 floats touch 26 segments
+    ("copy_vectors", 1, 64, (256, 256), 256, 2048, 2048),
+    # Each of 32 loads takes a segment for every thread, eight times what it asks for.
+    ("sum_rows", 1, 32, (1024, 32), 32, 4096 + 128, 8 * 4096 + 128),
+    # Rows of a segment: a loop's turns are instructions of their own.
+    ("sum_rows", 1, 32, (256, 32), 8, 1024 + 128, 8 * 1024 + 128),
+])
+def test_traffic_is_counted_by_segments_of_a_warp(name, grid, block, sizes, n, asked, segments):
+    """By hand: 4 bytes an element, 32 bytes a segment."""
+    arrays = []
+    for size in sizes:
+        memory = np.zeros(4 * size + 64, np.uint8)
+        begin = -memory.ctypes.data % 64
+        arrays.append(memory[begin : begin + 4 * size].view(np.float32))
+    kernel = cuda_on_cpu.Kernel(TRAFFIC, name, count=True)
+    for _ in range(2):  # each launch counts from nothing
+        kernel((grid,), (block,), (*arrays, np.int32(n)))
+        assert kernel.traffic == (asked, segments)

@@ -236,18 +236,18 @@ def test_threads_that_come_first_draw_the_same_random_weights():
 # Long runs ----------------------------------------------------------------------------------------
 
 
-@given(window=st.integers(1, 9), stretch=st.integers(1, 12), data=st.data())
-def test_a_cache_that_drops_what_left_the_window_changes_nothing(window, stretch, data):
+@given(window=st.integers(1, 9), chunk=st.integers(1, 12), data=st.data())
+def test_a_cache_that_drops_what_left_the_window_changes_nothing(window, chunk, data):
     """Any sequence of forward passes gives the hidden states of one pass over everything."""
     backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=3, dtype="float64", sliding_window=window)
     length = data.draw(st.integers(1, 60))
     token_ids = np.random.default_rng(length).integers(0, 64, (2, length))
     whole = backbone({"token_ids": token_ids})
-    cache = phi3_ref.KVCache(backbone, 2, length, stretch)
-    assert cache.arrays.shape[3] <= min(length, window + max(window, stretch))
+    cache = phi3_ref.KVCache(backbone, 2, length, chunk)
+    assert cache.arrays.shape[3] <= min(length, window + max(window, chunk))
     while cache.length < length:
         start = cache.length
-        count = data.draw(st.integers(1, min(stretch, length - start)))
+        count = data.draw(st.integers(1, min(chunk, length - start)))
         found = backbone.forward(token_ids[:, start : start + count], cache=cache)
         np.testing.assert_allclose(found, whole[:, start : start + count], rtol=0, atol=1e-12)
 

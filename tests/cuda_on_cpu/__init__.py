@@ -112,10 +112,14 @@ def compile_kernel(source, name_expression):
 
 
 class Kernel:
-    """One compiled instance: called as CuPy's kernels are, on NumPy arrays and scalars."""
+    """One compiled instance: called as CuPy's kernels are, on NumPy arrays and scalars.
 
-    def __init__(self, source, name_expression, reverse=False):
-        self.source, self.name, self.reverse = source, name_expression, reverse
+    With `count`, `traffic` then is what the launch asked of global memory: the bytes, and the bytes
+    of the 32-byte segments that hold them, each once for what a warp reads or writes together.
+    """
+
+    def __init__(self, source, name_expression, reverse=False, count=False):
+        self.source, self.name, self.reverse, self.count = source, name_expression, reverse, count
         self.path = compile_kernel(source, name_expression)
         self.library = ctypes.CDLL(str(self.path))
         self.library.parameters.restype = ctypes.POINTER(ctypes.c_int)
@@ -142,10 +146,12 @@ class Kernel:
         failed = self.library.launch(
             (ctypes.c_uint * 6)(*sizes), ctypes.c_uint(shared_mem), pointers,
             ctypes.c_void_p(memory.bytes.ctypes.data), ctypes.c_void_p(memory.state.ctypes.data),
-            ctypes.c_size_t(memory.size), int(self.reverse), CPU_SECONDS,
+            ctypes.c_size_t(memory.size), int(self.reverse), CPU_SECONDS, int(self.count),
             message, ctypes.c_size_t(len(message)), ctypes.byref(where))
         if failed:
             raise KernelError(f"{self.name}: {message.value.decode()}{self.locate(where.value)}")
+        asked, segments = (ctypes.c_uint64 * 2).in_dll(self.library, "traffic")
+        self.traffic = asked, 32 * segments
         memory.copy_back()
 
     def check(self, arguments):
@@ -265,7 +271,7 @@ array_module.empty = empty
 
 
 @contextlib.contextmanager
-def emulate(capability=90, multiprocessors=4, reverse=False, edit=None):
+def emulate(capability=90, multiprocessors=4, reverse=False, edit=None, traffic=None):
     """Let the launchers of `kernels_cuda` take NumPy arrays, and run their kernels on the CPU.
 
     Args:
@@ -274,6 +280,7 @@ def emulate(capability=90, multiprocessors=4, reverse=False, edit=None):
         reverse: bool, whether threads and blocks run from the last to the first. A right kernel
             gives the same bits.
         edit: function from a kernel's source to another, to see what the checks find; or None.
+        traffic: list that gets each launch's `Kernel.traffic`, or None.
 
     Yields:
         list of the launches: each a tuple of the instance's name, the grid and the block.
@@ -281,11 +288,14 @@ def emulate(capability=90, multiprocessors=4, reverse=False, edit=None):
     launches = []
 
     def load_kernel(source, name_expression):
-        kernel = Kernel(edit(source) if edit else source, name_expression, reverse)
+        source = edit(source) if edit else source
+        kernel = Kernel(source, name_expression, reverse, count=traffic is not None)
 
         def launch(grid, block, arguments, shared_mem=0):
             launches.append((name_expression, grid, block))
             kernel(grid, block, arguments, shared_mem)
+            if traffic is not None:
+                traffic.append(kernel.traffic)
         return launch
 
     replaced = {"load_kernel": load_kernel, "array_module": array_module,

@@ -12,6 +12,7 @@
 //            stands between them. Shuffles, votes, mma and ldmatrix order no memory.
 #include "header.h"
 
+#include <array>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -19,7 +20,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <link.h>
+#include <map>
 #include <pthread.h>
+#include <set>
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <ucontext.h>
@@ -27,6 +30,8 @@
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
+extern "C" __attribute__((visibility("default"))) uint64_t traffic[2];
+uint64_t traffic[2];  // see `count`
 // This library's first byte, and the one after its last.
 extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
 
@@ -189,7 +194,24 @@ inline uint32_t together_with(Record r, Record now) {
          r.who & (LANES | WARPS) ? " and others" : "", before);
 }
 
+// If the host wants to know: how many bytes of global memory the threads ask for, and how many
+// segments of 32 bytes that takes, where one instruction of a warp asks for each segment once. That
+// instruction is the nth by each of its lanes at one place of the code.
+bool counting;
+std::map<std::pair<uint32_t, uintptr_t>, uint32_t> times;
+std::set<std::array<uint64_t, 3>> segments;
+
+void count(const char* p, size_t size, int line) {
+    const uintptr_t place = line ? line : reinterpret_cast<uintptr_t>(site);
+    const uint64_t n = times[{myself(), place}]++, warp = block_number * 32ull + current / 32;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+    traffic[0] += size;
+    for (uintptr_t segment = begin / 32; segment <= (begin + size - 1) / 32; ++segment)
+        traffic[1] += segments.insert({place, warp << 32 | n, segment}).second;
+}
+
 void check(Memory* m, const char* p, size_t size, bool write, bool whole_warp, int line) {
+    if (counting && m == &global) count(p, size, line);
     const char* verb = write ? "writes" : "reads";
     const Record me_now = {myself() | (whole_warp ? LANES : 0), now()};
     const size_t offset = p - m->begin;
@@ -485,13 +507,17 @@ unsigned __ballot_sync(unsigned mask, int predicate, int line) {
 
 // Returns 0, or 1 with the error in `text` and the offset of its instruction in this library.
 EXPORT int launch(const unsigned* sizes, unsigned dynamic_size, void** values, char* memory,
-                  uint8_t* state, size_t size, int backwards, int cpu_seconds, char* text,
-                  size_t text_size, uintptr_t* where) {
+                  uint8_t* state, size_t size, int backwards, int cpu_seconds, int count_traffic,
+                  char* text, size_t text_size, uintptr_t* where) {
     gridDim = {sizes[0], sizes[1], sizes[2]};
     blockDim = {sizes[3], sizes[4], sizes[5]};
     threads = blockDim.x * blockDim.y * blockDim.z;
     arguments = values;
     reversed = backwards;
+    counting = count_traffic;
+    traffic[0] = traffic[1] = 0;
+    times.clear();
+    segments.clear();
     seconds = cpu_seconds;
     message = text;
     message_size = text_size;
