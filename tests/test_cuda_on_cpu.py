@@ -476,6 +476,10 @@ __global__ void copy_vectors(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (4 * i < n) reinterpret_cast<float4*>(y)[i] = reinterpret_cast<const float4*>(x)[i];
 }
+__global__ void sum_vectors(const float* x, float* y, int n) {
+    float4 v = reinterpret_cast<const float4*>(x)[threadIdx.x];
+    y[threadIdx.x] = v.x + 2 * v.y + 3 * v.z + 4 * v.w;
+}
 __global__ void sum_rows(const float* x, float* y, int n) {
     float sum = 0;
     for (int i = 0; i < n; ++i) sum += x[threadIdx.x * n + i];
@@ -488,6 +492,7 @@ __global__ void sum_rows(const float* x, float* y, int n) {
     ("copy", 2, 128, (256, 256), 256, 2048, 2048),
     ("copy", 2, 128, (256, 256), 201, 1608, 2 * 832),  # 201 floats touch 26 segments
     ("copy_vectors", 1, 64, (256, 256), 256, 2048, 2048),
+    ("sum_vectors", 1, 32, (128, 32), 32, 512 + 128, 512 + 128),
     # Each of 32 loads takes a segment for every thread, eight times what it asks for.
     ("sum_rows", 1, 32, (1024, 32), 32, 4096 + 128, 8 * 4096 + 128),
     # Rows of a segment: a loop's turns are instructions of their own.

@@ -196,18 +196,26 @@ inline uint32_t together_with(Record r, Record now) {
 
 // If the host wants to know: how many bytes of global memory the threads ask for, and how many
 // segments of 32 bytes that takes, where one instruction of a warp asks for each segment once. That
-// instruction is the nth by each of its lanes at one place of the code.
+// instruction is the nth by each of its lanes at one place of the code. (g++ may split a vector of
+// 16 bytes: what goes on at another place where the thread's last access ended belongs to it.)
+struct Access { uintptr_t end, place, first_place; uint64_t n; };
 bool counting;
+std::map<uint32_t, Access> last_access;
 std::map<std::pair<uint32_t, uintptr_t>, uint32_t> times;
 std::set<std::array<uint64_t, 3>> segments;
 
 void count(const char* p, size_t size, int line) {
-    const uintptr_t place = line ? line : reinterpret_cast<uintptr_t>(site);
-    const uint64_t n = times[{myself(), place}]++, warp = block_number * 32ull + current / 32;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+    const uintptr_t place = line ? line : reinterpret_cast<uintptr_t>(site);
+    Access& last = last_access[myself()];
+    if (begin != last.end || begin % 16 == 0 || place == last.place)
+        last = {0, 0, place, times[{myself(), place}]++};
+    last.end = begin + size;
+    last.place = place;
+    const uint64_t warp = block_number * 32ull + current / 32;
     traffic[0] += size;
     for (uintptr_t segment = begin / 32; segment <= (begin + size - 1) / 32; ++segment)
-        traffic[1] += segments.insert({place, warp << 32 | n, segment}).second;
+        traffic[1] += segments.insert({last.first_place, warp << 32 | last.n, segment}).second;
 }
 
 void check(Memory* m, const char* p, size_t size, bool write, bool whole_warp, int line) {
@@ -516,6 +524,7 @@ EXPORT int launch(const unsigned* sizes, unsigned dynamic_size, void** values, c
     reversed = backwards;
     counting = count_traffic;
     traffic[0] = traffic[1] = 0;
+    last_access.clear();
     times.clear();
     segments.clear();
     seconds = cpu_seconds;
