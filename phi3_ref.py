@@ -1476,10 +1476,10 @@ class Phi3Tokenizer:
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.load_from_serialized_proto(self.encoding_proto())
+            self.token_ids = range(self.processor.vocab_size())
+            self.pieces = [self.processor.id_to_piece(token_id) for token_id in self.token_ids]
         except Exception as error:  # SentencePiece and protobuf raise each their own
             raise ValueError(f"{name} is not a SentencePiece model: {error}") from error
-        self.token_ids = range(self.processor.vocab_size())
-        self.pieces = [self.processor.id_to_piece(token_id) for token_id in self.token_ids]
         self.ids = {piece: token_id for token_id, piece in enumerate(self.pieces)}
         for token in (START_TOKEN, END_TOKEN):
             require(token in self.ids, f"{name} lacks the special token {token!r}")

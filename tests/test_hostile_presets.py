@@ -114,6 +114,18 @@ def test_a_forged_preset_is_refused_by_name(judge, function, kind, message):
     assert seen >= 2
 
 
+def test_a_vocabulary_with_a_piece_that_is_no_utf8_is_refused_by_name(judge):
+    """Found by the fuzzer: SentencePiece takes it, and fails when the piece is asked for."""
+    for name in ("keras, float32", "huggingface, float32"):
+        judge.write(name)
+        path = [*judge.directory.rglob("*.spm"), *judge.directory.glob("tokenizer.model")][0]
+        content = path.read_bytes()
+        assert content.count(b"\xe2\x96\x81wor") == 1  # "▁wor"
+        path.write_bytes(content.replace(b"\xe2\x96\x81wor", b"\xe2\x96\xf4wor"))
+        outcome = judge.outcome(name)
+        assert outcome.kind == "refused" and "utf-8" in outcome.detail, outcome
+
+
 @settings(max_examples=500)
 @given(st.binary(max_size=200))
 def test_any_change_of_any_file_is_harmless(judge, source):
