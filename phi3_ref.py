@@ -2439,7 +2439,7 @@ class Trace(dict):
 
 
 # One tensor's comparison. The error is largest at `index`, where `values` are the reference's and
-# the other's. If the shapes differ, `index` is None, `values` are the shapes, the numbers are NaN.
+# the other's. If shapes differ or are empty, `index` is None, `values` are the shapes, numbers NaN.
 Row = collections.namedtuple("Row", "name shape dtype max_error relative_error ulps cosine "
                              "tolerance within index values")
 
@@ -2539,9 +2539,9 @@ def compare_arrays(name, reference, other, tolerance):
     dtypes = [array.dtype.name for array in (reference, other)]
     dtype = max((name if name in TOLERANCES else "float64" for name in dtypes), key=TOLERANCES.get)
     tolerance, shape = TOLERANCES[dtype] if tolerance is None else tolerance, reference.shape
-    if shape != other.shape:
-        shapes = list(shape), list(other.shape)
-        return Row(name, shape, dtype, *[math.nan] * 4, tolerance, False, None, shapes)
+    if shape != other.shape or 0 in shape:
+        shapes, same = (list(shape), list(other.shape)), shape == other.shape
+        return Row(name, shape, dtype, *[math.nan] * 4, tolerance, same, None, shapes)
     reference, other = reference.astype(np.float64), other.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.where(reference == other, 0, np.abs(reference - other))

@@ -633,3 +633,11 @@ def test_a_norm_that_scales_after_the_cast(tmp_path):
     ours = phi3_ref.Trace.record(phi3_ref.Phi3CausalLM(ref.ours_like(model)), inputs)
     rows = {row.name: row for row in phi3_ref.compare(ours, keras_trace(model, inputs)).rows}
     assert rows[name].max_error == 0
+
+
+def test_empty_arrays_are_equal_and_have_no_numbers():
+    """And an empty one differs from one that is not."""
+    empty, full = {"logits": np.zeros((0, 3))}, {"logits": np.ones((2, 3))}
+    comparison = phi3_ref.compare(empty, empty)
+    assert comparison.first is None and "logits" in str(comparison) + comparison._repr_html_()
+    assert phi3_ref.compare(empty, full).first.name == "logits"
