@@ -146,7 +146,8 @@ def require(condition, message):
 def require_int(name, value, low=1, optional=False):
     """Raise ValueError unless the argument `name` is an integer of 64 bits and at least `low`."""
     require((optional and value is None) or (is_int(value) and low <= value < 2**63),
-            f"`{name}` must be {'None or ' * optional}an integer in [{low}, 2^63). Received: {value!r}")
+            f"`{name}` must be {'None or ' * optional}an integer in [{low}, 2^63). "
+            f"Received: {value!r}")
 
 
 def is_int(value):
