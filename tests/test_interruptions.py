@@ -142,6 +142,14 @@ def test_a_full_disk_is_an_oserror_and_leaves_what_was_there(limit, there, tmp_p
 # Ctrl-C -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """As in a terminal: what a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_at(monkeypatch, owner, name, count):
     """Press Ctrl-C in the `count`th call of `owner.name`."""
     function, calls = getattr(owner, name), []
