@@ -6,6 +6,7 @@ descriptor or temporary file left, no file outside the preset opened, nothing un
 loads equal to what an independent reader of the files finds.
 """
 
+import gc
 import random
 import re
 
@@ -75,7 +76,10 @@ class OneKind(hostile_presets.Choices):
 def judge(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hostile")
     (directory / "temporary").mkdir()
-    return hostile_presets.Judge(*(directory / name for name in ("preset", "canary", "temporary")))
+    judge = hostile_presets.Judge(*(directory / name for name in ("preset", "canary", "temporary")))
+    gc.freeze()  # each case collects garbage: among its own objects, not those of all other tests
+    yield judge
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", hostile_presets.PRESETS)
