@@ -1,8 +1,9 @@
-"""Raw CUDA kernels for Phi-3's RMSNorm and attention, and the functions that launch them.
+"""Raw CUDA kernels for Phi-3: RMSNorm, attention, and the products of decoding; their launchers.
 
-`rms_norm` and `attention` have the signatures and the meaning of phi3_ref's, on CuPy arrays in
-float32, float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a comment that
-gives its algorithm, its tiling, and what limits it; they are compiled when they are first used.
+`rms_norm`, `attention` and `linear` have the signatures and the meaning of phi3_ref's, on CuPy
+arrays in float32, float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a
+comment that gives its algorithm, its tiling, and what limits it; they are compiled when they are
+first used. `capture` makes one launch of many: a CUDA graph.
 
 Legend, as in phi3_ref: B batch, S query positions, T key positions, H query heads, K key/value
 heads, G = H // K, C head_dim, D hidden_dim. The S queries are the last S of the T positions.
@@ -30,7 +31,7 @@ import numpy as np
 
 try:
     import cupy as array_module
-except ImportError:  # `rms_norm` and `attention` say what to install
+except ImportError:  # the launchers say what to install
     array_module = None
 
 # ---- Instructions of the GPU that C++ has no word for --------------------------------------------
@@ -713,6 +714,57 @@ __global__ void __launch_bounds__(256) attention_combine(
 }
 """
 
+# ---- Products of few rows ------------------------------------------------------------------------
+
+LINEAR = HEADER + r"""
+// y = x W^T for up to ROWS rows x, as decoding has: each warp computes 2 outputs.
+//
+//     weight, row o     | lane 0 | lane 1 | ... | lane 31 | lane 0 | ...     N elements each
+//     weight, row o + 1 | lane 0 | lane 1 | ... | lane 31 | lane 0 | ...
+//     x, every row      | lane 0 | lane 1 | ... | lane 31 | lane 0 | ...
+//
+// A lane reads UNROLL vectors of both weight rows before it uses the first, multiplies them with
+// the same columns of every x, and adds in float32; at the end the 32 lanes' sums are added.
+//
+// The weight is read once, for 2 ROWS operations per element: with one row in 16 bits 1 operation
+// per byte. The limit is the memory's bandwidth. The x are small and come from the caches, once for
+// two outputs: with 8 rows 4 bytes of x per byte of the weight, about what an L1 cache can give.
+template <typename E, int N, int ROWS>
+__global__ void __launch_bounds__(128) linear(
+    const E* __restrict__ x, const E* __restrict__ weight, E* __restrict__ y,
+    long long x_row, long long weight_row, int rows, int in, int out) {
+    constexpr int OUTPUTS = 2, STEP = 32 * N, UNROLL = ROWS == 8 ? 2 : 4;
+    const int lane = threadIdx.x % 32, o = (blockIdx.x * 4 + threadIdx.x / 32) * OUTPUTS;
+    const E* start[OUTPUTS];  // past the end, the last row is read again, and not written
+    UNROLLED for (int j = 0; j < OUTPUTS; j++)
+        start[j] = weight + (o + j < out ? o + j : out - 1) * weight_row;
+
+    float sum[OUTPUTS][ROWS] = {};
+    for (int i0 = lane * N; i0 < in; i0 += STEP * UNROLL) {
+        Vector<E, N> w[UNROLL][OUTPUTS] = {};
+        UNROLLED for (int u = 0; u < UNROLL; u++)
+            UNROLLED for (int j = 0; j < OUTPUTS; j++)
+                if (i0 + u * STEP < in)
+                    w[u][j] = *reinterpret_cast<const Vector<E, N>*>(start[j] + i0 + u * STEP);
+        UNROLLED for (int u = 0; u < UNROLL; u++)
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                const int i = i0 + u * STEP;
+                if (r >= rows || i >= in) continue;
+                const auto v = *reinterpret_cast<const Vector<E, N>*>(x + r * x_row + i);
+                UNROLLED for (int j = 0; j < OUTPUTS; j++)
+                    UNROLLED for (int n = 0; n < N; n++)
+                        sum[j][r] += to_float(w[u][j].element[n]) * to_float(v.element[n]);
+            }
+    }
+    UNROLLED for (int j = 0; j < OUTPUTS; j++)
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            const float total = sum_over_lanes<1, 32>(sum[j][r]);
+            if (lane == 0 && r < rows && o + j < out)
+                y[(long long)r * out + o + j] = from_float<E>(total);
+        }
+}
+"""
+
 # ---- Compiling and launching ---------------------------------------------------------------------
 
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # NumPy's, CUDA's
@@ -722,13 +774,16 @@ TENSOR_CORE_TILES = [(C, M) for C in (32, 64, 80, 96, 128, 160, 192, 256) for M 
                      if M == 1 or C <= 128]
 DECODE_BLOCKS = {(64, 1): 4, (64, 4): 3, (64, 8): 2, (128, 1): 4, (128, 4): 3, (128, 8): 2,
                  (256, 1): 4, (256, 4): 2}
+LINEAR_ROWS = (1, 2, 4, 8)
 
 
 def instances():
     """Return every (source, name expression) that the launchers can ask `load_kernel` for."""
     found = []
     for E in TYPES.values():
-        found += [(RMS_NORM, f"rms_norm<{E}, {N}>") for N in (1, 4 if E == "float" else 8)]
+        for N in (1, 4 if E == "float" else 8):
+            found += [(RMS_NORM, f"rms_norm<{E}, {N}>")]
+            found += [(LINEAR, f"linear<{E}, {N}, {rows}>") for rows in LINEAR_ROWS]
         found += [(ATTENTION_TILED, f"attention_tiled<{E}>")]
         found += [(ATTENTION_DECODE, f"attention_combine<{E}>")]
         found += [(ATTENTION_DECODE, f"attention_decode<{E}, {columns}, {rows}>")
@@ -919,3 +974,64 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     load_kernel(ATTENTION_TILED, f"attention_tiled<{E}>")(
         (divide_up(S, 64), H * divide_up(C, 128), B), (256,), (*inputs, output))
     return output
+
+
+def linear(x, weight):
+    """Apply a dense layer without bias to up to 8 vectors: phi3_ref's `linear`.
+
+    Args:
+        x: [..., in], float32, float16 or bfloat16, on the GPU; at most 8 vectors.
+        weight: [out, in], in the dtype of `x`.
+
+    Returns:
+        [..., out], in the dtype of `x`; summed in float32, rounded once.
+    """
+    check_array("x", x, (None,) * max(1, getattr(x, "ndim", 1)))
+    size = x.shape[-1]
+    check_array("weight", weight, (None, size), like=x)
+    rows, out = x.reshape(-1, size), len(weight)
+    require(len(rows) <= LINEAR_ROWS[-1],
+            f"`x` must be of at most {LINEAR_ROWS[-1]} vectors. Received: {len(rows)}")
+    y = array_module.empty((len(rows), out), x.dtype)
+    if y.size:
+        N = 16 // x.itemsize if in_vectors(rows, weight) else 1
+        most = next(most for most in LINEAR_ROWS if most >= len(rows))
+        load_kernel(LINEAR, f"linear<{TYPES[x.dtype.name]}, {N}, {most}>")(
+            (divide_up(out, 8),), (128,), (
+                rows, weight, y, *(np.int64(a.strides[0] // x.itemsize) for a in (rows, weight)),
+                *map(np.int32, (len(rows), size, out))))
+    return y.reshape(*x.shape[:-1], out)
+
+
+def capture(function):
+    """Record what `function` launches as a CUDA graph, which the GPU then runs without Python.
+
+    A graph launches what was recorded: the same kernels, addresses and numbers. So what changes
+    from run to run must lie in arrays, which are written in between. `function` is called twice:
+    once to compile its kernels, once to be recorded. It must not wait for the GPU, copy from or to
+    the host, or call cuBLAS, which CuPy does not record.
+
+    Args:
+        function: function without arguments that returns an array on the GPU.
+
+    Returns:
+        A function without arguments: it launches the graph, and returns that same array, whose
+        contents are new. The memory of all arrays in between stays the graph's own.
+    """
+    cuda = array_module.cuda
+    stream, pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
+    cuda.get_current_stream().synchronize()  # what `function` reads may still be under way
+    with cuda.using_allocator(pool.malloc), stream:
+        function()
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            result = function()
+        finally:
+            graph = stream.end_capture()
+
+    def replay():
+        graph.launch()
+        return result
+    replay.memory = pool  # of the arrays that `function` let go of; the graph writes to them
+    return replay

@@ -262,6 +262,54 @@ def test_rms_norm_of_long_rows(dtype, D):
     check_rms_norm(x[:, 1:], x[1, 1:], 1e-6, reverse=True)
 
 
+# Products of few rows -----------------------------------------------------------------------------
+
+def check_linear(x, weight, **options):
+    with cuda_on_cpu.emulate(**options) as launches:
+        y = kernels_cuda.linear(x, weight)
+    wide_x, wide_weight = x.astype("float64"), weight.astype("float64")
+    exact = wide_x @ wide_weight.T
+    assert y.dtype == x.dtype and y.shape == exact.shape and y.flags.c_contiguous
+    rounded_once = ref.EPSILON[x.dtype.name] / 2 * abs(exact)
+    summed_in_float32 = 1e-6 * (abs(wide_x) @ abs(wide_weight).T)
+    assert (abs(y.astype("float64") - exact) <= rounded_once + summed_in_float32).all()
+    return [name for name, *_ in launches]
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dtype, rows):
+    """Any sizes and strides; vectors of 16 bytes where they fit."""
+    item = ref.NUMPY_DTYPE[dtype]
+    N = 16 // item(0).itemsize
+    sizes = [1, 7, 8, 31, 32, 33, 96, 127, 128, 129, 256, 257, 512, 1000, 1024, 1032, 2048, 2056]
+    most = next(most for most in kernels_cuda.LINEAR_ROWS if most >= rows)
+
+    @settings(max_examples=ref.examples(12))
+    @given(st.sampled_from(sizes), st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 50]),
+           st.sampled_from(["dense", "wider", "unaligned"]), st.integers(0, 99))
+    def all_equal(size, out, layout, seed):
+        rng = np.random.default_rng(seed)
+        more = {"dense": 0, "wider": 2 * N, "unaligned": 1}[layout]
+        x, weight = (rng.normal(size=(n, size + more)).astype(item) for n in (rows, out))
+        x, weight = ((a[:, N:N + size] if layout == "wider" else a[:, -size:]) for a in (x, weight))
+        names = check_linear(x, weight)
+        if layout != "unaligned":
+            assert names == [f"linear<{TYPES[dtype]}, {1 if size % N else N}, {most}>"]
+
+    all_equal()
+    x = np.random.default_rng(0).normal(size=(1, rows, 2, 64)).astype(item)[:, :, 1]
+    check_linear(x, x[0], reverse=True)
+
+
+def test_linear_with_nothing_to_do():
+    with cuda_on_cpu.emulate() as launches:
+        for x, weight in (((0, 8), (5, 8)), ((3, 8), (0, 8))):
+            y = kernels_cuda.linear(np.ones(x, "float32"), np.ones(weight, "float32"))
+            assert y.shape == (x[0], weight[0])
+        assert not launches
+
+
 # What the launchers refuse ------------------------------------------------------------------------
 
 def arrays(**changes):
@@ -309,11 +357,25 @@ def test_rms_norm_refuses(x, scale, error, words):
     assert not launches
 
 
+@pytest.mark.parametrize("x, weight, error, words", [
+    (np.ones((2, 8)), np.ones((3, 8)), ValueError, "x.*float64"),
+    (np.ones((2, 8), "float32"), np.ones((3, 8), "float16"), ValueError, "weight.*float32.*16"),
+    (np.ones((2, 8), "float32"), np.ones((8, 3), "float32"), ValueError, r"weight.*8.*\(8, 3\)"),
+    (np.ones((9, 8), "float32"), np.ones((3, 8), "float32"), ValueError, "x.*8 vectors.*9"),
+    (np.ones((2, 8), "float32"), np.ones((8, 3), "float32").T, ValueError, "weight.*contiguous"),
+    (np.ones((2, 8), "float32"), [[1.0] * 8], TypeError, "weight.*ndarray.*list")])
+def test_linear_refuses(x, weight, error, words):
+    with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=f"(?s){words}"):
+        kernels_cuda.linear(x, weight)
+    assert not launches
+
+
 # Mutants: what the checks above would find --------------------------------------------------------
 
 # Cases that between them reach every line of each kernel.
 MUTANT_CASES = {
     "RMS_NORM": [],
+    "LINEAR": [],
     "ATTENTION_TILED": [Case("float32", 2, 70, 131, 2, 2, 96, "random", 66, size=6.0),
                         Case("float32", 1, 70, 131, 1, 2, 130, layout="fused", size=6.0)],
     "ATTENTION_TENSOR_CORES": [Case("float16", 2, 70, 200, 2, 2, 64, "random", 66, size=6.0),
@@ -339,6 +401,10 @@ def is_caught(source_name, edit):
             x = np.random.default_rng(0).normal(size=(3, 20000)).astype("float16")
             for D in (20000, 200, 20001 - 4):
                 check_rms_norm(x[:, :D], x[0, :D], 0.1, edit=edit_this)
+        if source_name == "LINEAR":
+            x = np.random.default_rng(0).normal(size=(7, 1400)).astype("float16")
+            for size, out in ((1400, 5), (1024, 6), (1032, 7), (40, 1)):
+                check_linear(x[:3, :size], x[:out, :size], edit=edit_this)
         for case in MUTANT_CASES[source_name]:
             check(case, edit=edit_this, multiprocessors=3)
     except (cuda_on_cpu.KernelError, AssertionError) as error:
@@ -427,6 +493,16 @@ MUTANTS = {
         "keys past the end of a split": ("t == wanted &&", "true &&"),
         "the last split left out": ("i < splits; i++) {", "i < splits - 1; i++) {"),
         "rows past the last": ("row0 + r >= rows", "row0 + r > rows")},
+    "LINEAR": {
+        "half of a warp": ("sum_over_lanes<1, 32>", "sum_over_lanes<1, 16>"),
+        "columns past the last": ("if (i0 + u * STEP < in)", "if (i0 + u * STEP <= in)"),
+        "one step of columns only": ("i0 < in; i0 += STEP * UNROLL", "i0 < STEP; i0 += STEP"),
+        "a step left out": ("i0 += STEP * UNROLL", "i0 += STEP * (UNROLL + 1)"),
+        "rows of x past the last": ("r >= rows || i >= in", "i >= in"),
+        "the first output twice": ("(o + j < out ? o + j : out - 1)", "o"),
+        "outputs past the last read": ("(o + j < out ? o + j : out - 1)", "(o + j)"),
+        "outputs past the last written": ("&& o + j < out)", ")"),
+        "the stride of x for the weight": ("out - 1) * weight_row", "out - 1) * in")},
     "RMS_NORM": {
         "the wrong mean": ("sum / D", "sum / (D + 1)"),
         "epsilon outside of the root": ("sqrtf(sum / D + epsilon)", "(sqrtf(sum / D) + epsilon)"),
