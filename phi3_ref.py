@@ -110,6 +110,9 @@ def matmul(a, b):
     return (upcast(a) @ upcast(b)).astype(a.dtype, copy=False)
 
 
+MOST_ROWS_OF_KERNEL = 8  # that `kernels_cuda.linear` multiplies: decoding's
+
+
 def linear(x, weight):
     """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out].
 
@@ -118,7 +121,11 @@ def linear(x, weight):
     """
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
     narrow, few = x.dtype.itemsize == 2, len(rows) < 128
-    if get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
+    if has_kernel(x) and len(rows) <= MOST_ROWS_OF_KERNEL:
+        import kernels_cuda
+
+        product = kernels_cuda.linear(rows, weight)
+    elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
         product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
     else:
         # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
@@ -515,9 +522,10 @@ class KVCache:
         shape = backbone.num_layers, 2, batch_size, max_length, *heads
         size = math.prod(shape) * backbone.compute_dtype.itemsize
         require_memory(backbone.xp, size, f"a KV cache of {max_length} positions")
-        self.arrays = backbone.xp.empty(shape, backbone.compute_dtype)  # [layers, 2, B, room, K, C]
+        self.arrays = backbone.xp.zeros(shape, backbone.compute_dtype)  # [layers, 2, B, room, K, C]
         self.first = 0  # the oldest position that is still here
         self.length = 0  # positions so far; the backbone advances it after the last layer
+        self.graph, self.graph_for = None, None  # see `Phi3Backbone.replay`
 
     def make_room(self, count):
         """Drop the positions that have left the window, if there is no room for `count` more."""
@@ -538,7 +546,8 @@ class KVCache:
 
     def select(self, rows):
         """Keep the given rows of the batch, [B] int, in that order (beam search)."""
-        self.arrays = self.arrays[:, :, get_array_module(self.arrays).asarray(rows)]
+        taken = self.arrays[:, :, :, : self.length - self.first]
+        taken[...] = taken[:, :, get_array_module(taken).asarray(rows)]
 
 
 # ---- The backbone --------------------------------------------------------------------------------
@@ -577,7 +586,8 @@ class Phi3Backbone(Backbone):
         trainable: bool, kept for Keras's sake.
         backend: "numpy" or "cupy", where the weights live and the model computes.
         seed: int or None, for random weights and dropout.
-        fused: bool; False runs the textbook functions, score matrix and all, and no CUDA kernels.
+        fused: bool; False runs RMSNorm and attention as the textbook functions, score matrix and
+            all, and not their CUDA kernels.
         head_dim: int, C, where it is not D // H.
         partial_rotary_factor: float in (0, 1], the share of C that RoPE rotates.
         sliding_window: int or None; see `visible_keys`.
@@ -657,6 +667,12 @@ class Phi3Backbone(Backbone):
         self.xp = load_backend(backend)
         self.weight_seed, dropout_seed = np.random.SeedSequence(seed).generate_state(2)
         self.dropout_rng = self.xp.random.default_rng(int(dropout_seed))
+        # What su scaling divides the frequencies by, [2, R / 2]: short and long factors.
+        factors = [[1.0], [1.0]]
+        if rope_scaling_type == "su":
+            factors = [rope_scaling_short_factor, rope_scaling_long_factor]
+        wide = np.float64 if self.compute_dtype == np.float64 else np.float32
+        self.rope_factors = self.xp.asarray(factors, wide)
 
     # The model itself.
 
@@ -696,16 +712,32 @@ class Phi3Backbone(Backbone):
                 f"The sequence outgrows max_sequence_length={self.max_sequence_length}.",
                 stacklevel=3,
             )
+        long = self.uses_long_factors(total or end)
+        tap = no_tap if tap is None else tap  # an empty Trace is false
         if cache is not None:
             cache.make_room(end - start)
-        rotary = self.rotary_of(start, end, self.uses_long_factors(total or end))
+        plain = cache is not None and padding_mask is None and not training and tap is no_tap
+        decodes = plain and token_ids.shape[1] == 1 and token_ids.size <= MOST_ROWS_OF_KERNEL
+        if decodes and self.fused and has_kernel(cache.arrays):
+            hidden_states = self.replay(token_ids, cache, long)
+        else:
+            rotary = self.rotary_of(self.xp.arange(start, end), long)
+            attend = functools.partial(self.attend, cache, padding_mask)
+            hidden_states = self.run_layers(token_ids, rotary, attend, training, tap)
+        if cache is not None:
+            cache.length = end
+        return hidden_states
+
+    def run_layers(self, token_ids, rotary, attend, training=False, tap=no_tap):
+        """Compute everything between token ids and hidden states.
+
+        `attend` is a function (layer's index, its tap, query, rotated key, value) -> context.
+        """
         rate = self.dropout if training else 0.0
         drop = functools.partial(dropout, rate=rate, rng=self.dropout_rng)
         norm = functools.partial(
             rms_norm if self.fused else textbook_rms_norm, epsilon=self.layer_norm_epsilon
         )
-        tap = no_tap if tap is None else tap  # an empty Trace is false
-
         x = tap("token_embedding", self.token_embedding(token_ids))  # [B, S, D]
         for i, weights in enumerate(self.weights["transformer_layers"]):
             layer_tap = prefixed(tap, f"transformer_layer_{i}")
@@ -713,15 +745,13 @@ class Phi3Backbone(Backbone):
                 x, **{name: self.autocast(weight) for name, weight in weights.items()},
                 num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim,
                 rotary=rotary, norm=norm, drop=drop, tap=layer_tap,
-                attend=functools.partial(self.attend, i, cache, padding_mask, layer_tap),
+                attend=functools.partial(attend, i, layer_tap),
             )
             x = tap(f"transformer_layer_{i}", x)
-        if cache is not None:
-            cache.length = end
         scale = self.autocast(self.weights["sequence_output_layernorm"])
         return tap("sequence_output_layernorm", norm(x, scale))
 
-    def attend(self, layer, cache, padding_mask, tap, query, key, value):
+    def attend(self, cache, padding_mask, layer, tap, query, key, value):
         """Attend to the new keys and values [B, S, K, C] and, with a cache, to those before."""
         if cache is not None:
             key, value = cache.append(layer, key, value)
@@ -729,6 +759,42 @@ class Phi3Backbone(Backbone):
             return attention(query, key, value, padding_mask, self.sliding_window)
         tap = prefixed(tap, "attention")
         return textbook_attention(query, key, value, padding_mask, self.sliding_window, tap)
+
+    def replay(self, token_ids, cache, long):
+        """Like `forward`, for one more position of a `KVCache` on a GPU: by a CUDA graph.
+
+        A step of decoding is a thousand small kernels, and Python takes longer to launch them than
+        the GPU to run them. Recorded once, they are launched as one. But a record is fixed, numbers
+        and addresses: so the token ids and their slot in the cache are arrays, and attention goes
+        over `room` slots, more than are taken, with a mask. When all are, it is recorded anew.
+        The next call writes its result into the same array.
+        """
+        slot = cache.length - cache.first
+        room = min((slot // 1024 + 1) * 1024, cache.arrays.shape[3])
+        if cache.graph_for != (room, cache.first, long):
+            import kernels_cuda
+
+            xp, ids, slots = self.xp, token_ids.copy(), self.xp.full(1, slot)
+
+            def step():
+                rotary = self.rotary_of(slots + cache.first, long)
+                visible = visible_keys(slots, xp.arange(room), self.sliding_window)  # [1, room]
+                mask = visible.repeat(len(ids), 0)  # [B, room]
+
+                def attend(layer, tap, query, key, value):
+                    keys, values = cache.arrays[layer, :, :, :room]  # each [B, room, K, C]
+                    keys[:, slots] = key
+                    values[:, slots] = value
+                    return attention(query, keys, values, mask)
+
+                return self.run_layers(ids, rotary, attend)
+
+            cache.graph = kernels_cuda.capture(step), ids, slots
+            cache.graph_for = room, cache.first, long
+        graph, ids, slots = cache.graph
+        ids[...] = token_ids
+        slots[...] = slot
+        return graph()
 
     def token_embedding(self, inputs, reverse=False):
         """Look up token ids' vectors, or project hidden states onto the vocabulary.
@@ -752,23 +818,19 @@ class Phi3Backbone(Backbone):
         """Say whether a sequence of `length` positions takes su scaling's long factors."""
         return self.rope_scaling_type == "su" and length > self.pretraining_sequence_length
 
-    def rotary_of(self, start, end, long):
-        """Return (cos, sin) of the positions [start, end), each [S, 1, R / 2]; compute dtype.
+    def rotary_of(self, positions, long):
+        """Return (cos, sin) of `positions` [S], int, each [S, 1, R / 2], in the compute dtype.
 
         `long` says whether su scaling takes its long factors.
         """
-        dtype = np.float64 if self.compute_dtype == np.float64 else np.float32
-        factors, magnitude = 1.0, 1.0
+        magnitude = 1.0
         if self.rope_scaling_type == "su":
-            factors = self.rope_scaling_long_factor if long else self.rope_scaling_short_factor
-            factors = self.xp.asarray(factors, dtype)
             stretch = self.max_sequence_length / self.pretraining_sequence_length
             magnitude = self.rope_attention_factor or su_magnitude(
                 stretch, self.pretraining_sequence_length
             )
-        positions = self.xp.arange(start, end).astype(dtype)
-        wavelength = self.rope_max_wavelength
-        tables = rotary_tables(positions, self.rotary_dim, wavelength, factors, magnitude)
+        tables = rotary_tables(positions.astype(self.rope_factors.dtype), self.rotary_dim,
+                               self.rope_max_wavelength, self.rope_factors[int(long)], magnitude)
         return [table.astype(self.compute_dtype, copy=False) for table in tables]
 
     def check_inputs(self, inputs):

@@ -53,7 +53,8 @@ failures = []
 # What there is to do. By hand: 1024 queries see 1024 x 1025 / 2 = 524,800 keys; x 4 C = 384 x 32
 # heads = 6,448,742,400 operations. 4096 keys and values of 32 x 96, and query and result, in 2
 # bytes: 2 x 2 x (4096 x 3072 + 3072) = 50,343,936. RMSNorm [8192, 3072]: 2 x 2 x 25,165,824 +
-# 6,144 = 100,669,440. A layer of Phi-3-mini: 9216 x 3072 + 3072 x 3072 + 3 x 8192 x 3072 =
+# 6,144 = 100,669,440. A product of 8 x 3072 with 9216 x 3072: 2 x (28,311,552 + 8 x 12,288) =
+# 56,819,712. A layer of Phi-3-mini: 9216 x 3072 + 3072 x 3072 + 3 x 8192 x 3072 =
 # 113,246,208 weights, 32 of them 3,623,878,656; an embedding 32064 x 3072 = 98,500,608; norms 65 x
 # 3072 = 199,680. A decoding step reads all but one embedding: 2 x 3,722,578,944 = 7,445,157,888
 # bytes (cached keys are not counted). Prefill of 3968: 2 x 3,623,878,656 x 3968 + 2 x 98,500,608 +
@@ -69,6 +70,10 @@ def decode_bytes(T, H, K, C):
 
 def rms_norm_bytes(rows, D):
     return 2 * 2 * rows * D + 2 * D
+
+
+def linear_bytes(rows, size, out):
+    return 2 * (out * size + rows * (size + out))
 
 
 def model_parameters(vocabulary_size, num_layers, hidden_dim, intermediate_dim, **_):
@@ -138,6 +143,16 @@ def attention_error(inputs, result):
     return worst
 
 
+def linear_error(inputs, result):
+    """Compares the first and the last 64 outputs."""
+    x, weight = inputs
+    worst = 0.0 if np.isfinite(result).all() else math.inf
+    for part in (slice(64), slice(-64, None)):
+        exact = on_host(x) @ on_host(weight[part]).T
+        worst = max(worst, error_of(result[:, part], exact))
+    return worst
+
+
 def rms_norm_error(inputs, result):
     x, scale = map(on_host, inputs)
     exact = phi3_ref.rms_norm(x[::97], scale, 1e-5)
@@ -173,16 +188,8 @@ def median_seconds(run, repeats=50):
 
 def time_ours(calls):
     """Returns the seconds of one of the calls, recorded in turn into one CUDA graph."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    with stream:
-        kept = [call() for call in calls]  # compiles; the stream's pool then has all its memory
-        stream.synchronize()
-        del kept
-        stream.begin_capture()
-        kept = [call() for call in calls]  # each has an output of its own
-        graph = stream.end_capture()
-        return median_seconds(graph.launch) / len(kept)
+    graph = kernels_cuda.capture(lambda: [call() for call in calls])  # each has its own output
+    return median_seconds(graph) / len(calls)
 
 
 def time_torch(calls):
@@ -314,6 +321,20 @@ def bench_rms_norm(copied):
             lambda x, scale: torch.nn.functional.rms_norm(x, (D,), scale, 1e-5),
             [tuple(map(to_torch, inputs)) for inputs in sets], rms_norm_error, sets)
     row(f"RMSNorm [{rows}, {D}]", "GB/s", 1e9, ours, copied, peers, share=0.9)
+
+
+def bench_linear(rows, size, out, copied):
+    """One of decoding's products, [rows, size] x [out, size]."""
+    amount = linear_bytes(rows, size, out)
+    sets = input_sets(lambda: (random_array(rows, size), random_array(out, size)), amount)
+    what = f"product of {rows} x {size:,} with {out:,} x {size:,}"
+    ours = rate(what, amount, time_ours, kernels_cuda.linear, sets, linear_error)
+    peers = {"torch linear": absent()}
+    if has_torch():
+        peers["torch linear"] = rate(
+            "peer", amount, time_torch, torch.nn.functional.linear,
+            [tuple(map(to_torch, inputs)) for inputs in sets], linear_error, sets)
+    row(what, "GB/s", 1e9, ours, copied, peers)
 
 
 def torch_attention(name, amount, backend, sets):
@@ -519,6 +540,9 @@ def main(arguments=None):
     for H, K, C in HEADS:
         for T in (4096, 16384, 32768) + (131072,) * (not quick):
             bench_attention(1, T, H, K, C, copied)
+    for rows in (1, 8):  # Phi-3-mini's: query, key and value; gate and intermediate; and so on
+        for size, out in ((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072), (3072, 32064)):
+            bench_linear(rows, size, out, copied)
     if not quick:
         bench_model(copied, multiplied)
     for failure in failures:

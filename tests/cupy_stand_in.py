@@ -6,14 +6,20 @@ into and only `get` leads out of. It knows the functions that phi3_ref may call,
 CuPy 14's own restrictions: what is not an array has no place in `where`'s condition, a batched
 bfloat16 product fails, `argsort` is stable or nothing. `transfers` lists the bytes of every copy to
 the host, those behind `bool()`, `int()` and `float()` included.
+
+While a stream captures, nothing is computed: results are poison until the graph is launched, which
+computes, with the same arguments and into the same memory, what was asked for. Copies from and to
+the host are errors then, and so are matrix products, which CuPy does not record.
 """
 
+import contextlib
 import types
 
 import ml_dtypes
 import numpy as np
 
 transfers = []
+recorded = None  # while a stream captures: what the graph is to do
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
@@ -24,6 +30,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         self.device = "stand-in"
 
     def get(self):
+        refuse_while_capturing()
         transfers.append(self._host.nbytes)
         return self._host.copy()
 
@@ -49,10 +56,11 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     # Elements. A basic slice is a view, as in NumPy and CuPy.
 
     def __getitem__(self, key):
-        return ndarray(np.asarray(self._host[index(key)]))
+        return on_device(lambda host, *_: host[index(key)])(self, key)
 
     def __setitem__(self, key, value):
-        self._host[index(key)] = unwrap(value)
+        value = unwrap(value)
+        do(lambda: self._host.__setitem__(index(key), value))
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -94,9 +102,37 @@ def index(key):
 def on_device(function):
     """Return `function`, one of NumPy's, for arrays of ours; the result is always an array."""
     def call(*args, **kwargs):
-        host = function(*unwrap(args), **{name: unwrap(kwargs[name]) for name in kwargs})
-        return ndarray(np.asarray(host))
+        out = kwargs.get("out")  # operators such as += pass a tuple of one
+        args, kwargs = unwrap(args), {name: unwrap(kwargs[name]) for name in kwargs}
+        if out is not None:
+            do(lambda: function(*args, **kwargs))
+            return out[0] if isinstance(out, tuple) else out
+        host = np.asarray(function(*args, **kwargs))
+        hosts = [a for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
+        if recorded is not None and not any(np.may_share_memory(host, a) for a in hosts):
+            host = np.array(host)
+            host[...] = poison(host.dtype)
+            do(lambda: np.copyto(host, function(*args, **kwargs)))
+        return ndarray(host)
     return call
+
+
+def do(action):
+    """Do it, or note it for the graph that is being captured."""
+    if recorded is None:
+        action()
+    else:
+        recorded.append(action)
+
+
+def refuse_while_capturing():
+    if recorded is not None:
+        raise cuda.runtime.CUDARuntimeError("cudaErrorStreamCaptureUnsupported")
+
+
+def poison(dtype):
+    """What memory holds that nobody wrote: NaN, or a number that no index should be."""
+    return {"b": True, "i": -(2**30), "u": 255}.get(np.dtype(dtype).kind, np.nan)
 
 
 for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", "min", "ravel",
@@ -113,14 +149,12 @@ def asarray(a, dtype=None):
     """Copy `a` to the device, unless it is there: the one way in."""
     if isinstance(a, ndarray):
         return a if dtype is None else a.astype(dtype, copy=False)
+    refuse_while_capturing()
     return ndarray(np.array(a, dtype))
 
 
 def empty(shape, dtype=float):
-    """Memory holds what was there: here NaN, or a number that no index should be."""
-    dtype = np.dtype(dtype)
-    poison = {"b": True, "i": -(2**30), "u": 255}.get(dtype.kind, np.nan)
-    return ndarray(np.full(shape, poison, dtype))
+    return ndarray(np.full(shape, poison(dtype), dtype))
 
 
 def where(condition, x, y):
@@ -128,7 +162,8 @@ def where(condition, x, y):
 
 
 def copyto(dst, src, casting="same_kind", where=None):
-    np.copyto(unwrap(dst), unwrap(src), casting=casting, where=unwrap(where))
+    dst, src, where = unwrap(dst), unwrap(src), unwrap(where)
+    do(lambda: np.copyto(dst, src, casting=casting, where=where))
 
 
 def argsort(a, axis=-1, kind=None):
@@ -139,6 +174,8 @@ def argsort(a, axis=-1, kind=None):
 
 def matmul(a, b):
     """Multiply in the arrays' dtype, in 16 bits summed in float32 and rounded once."""
+    if recorded is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture is unsupported")
     a, b = unwrap(a), unwrap(b)
     dtype = np.result_type(a, b)
     if dtype == ml_dtypes.bfloat16 and max(a.ndim, b.ndim) > 2:
@@ -153,6 +190,32 @@ def default_rng(seed=None):
     return types.SimpleNamespace(random=on_device(np.random.default_rng(seed).random))
 
 
+class Stream:
+    """Streams that capture; and the graphs that come of it."""
+
+    def __init__(self, non_blocking=False):
+        self.non_blocking = non_blocking
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def synchronize(self):
+        refuse_while_capturing()
+
+    def begin_capture(self):
+        global recorded
+        assert self.non_blocking and recorded is None
+        recorded = []
+
+    def end_capture(self):
+        global recorded
+        actions, recorded = recorded, None
+        return types.SimpleNamespace(launch=lambda: [action() for action in actions])
+
+
 def get_default_memory_pool():
     return POOL
 
@@ -161,6 +224,9 @@ random = types.SimpleNamespace(default_rng=default_rng)
 MEMORY = [2**33, 2**34]  # bytes: free, of all
 POOL = types.SimpleNamespace(free_bytes=lambda: 2**10)  # what freed arrays left
 cuda = types.SimpleNamespace(
+    Stream=Stream, get_current_stream=Stream,
+    MemoryPool=lambda: types.SimpleNamespace(malloc=None),
+    using_allocator=lambda allocator: contextlib.nullcontext(),
     Device=lambda: types.SimpleNamespace(mem_info=MEMORY),
     memory=types.SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
     runtime=types.SimpleNamespace(

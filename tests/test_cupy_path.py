@@ -4,6 +4,7 @@ Everything equals the NumPy backend bit for bit: the stand-in computes with NumP
 own arithmetic is tested in test_kernels_on_cpu.py. Here the question is where arrays live.
 """
 
+import collections
 import json
 import math
 import pathlib
@@ -36,10 +37,24 @@ MODELS = {"plain": {}, "su": SU, "window": dict(sliding_window=3),
           "tied": dict(tie_word_embeddings=True, partial_rotary_factor=0.67)}
 
 
+def attention_on_host(query, key, value, padding_mask=None, sliding_window=None):
+    """Attention; a query that is alone, as in decoding, with the keys that its mask leaves."""
+    if padding_mask is not None and query.shape[1] == 1 and (padding_mask == padding_mask[0]).all():
+        seen, = padding_mask[0].nonzero()
+        if len(seen) and seen[-1] - seen[0] == len(seen) - 1:  # so that the bits are the host's
+            key, value = (array[:, seen[0] : seen[-1] + 1] for array in (key, value))
+            padding_mask = None
+    return phi3_ref.attention(query, key, value, padding_mask, sliding_window)
+
+
+ON_HOST = {"attention": attention_on_host}
+
+
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Put the stand-in in CuPy's place, checked functions in the kernels'; list their calls."""
     monkeypatch.setitem(sys.modules, "cupy", cupy_stand_in)
+    monkeypatch.setattr(cupy_stand_in, "recorded", None)
     cupy_stand_in.transfers.clear()
     calls = []
 
@@ -51,12 +66,14 @@ def kernels(monkeypatch):
             assert len(dtypes) == 1 and dtypes <= {"float32", "float16", "bfloat16"}
             assert all(a.strides[-1] == a.itemsize for a in arrays if a.shape[-1] > 1)
             calls.append(name)
-            return cupy_stand_in.on_device(getattr(phi3_ref, name))(*args, **kwargs)
+            return cupy_stand_in.on_device(ON_HOST.get(name, getattr(phi3_ref, name)))(
+                *args, **kwargs)
 
         return kernel
 
-    for name in ("rms_norm", "attention"):
+    for name in ("rms_norm", "attention", "linear"):
         monkeypatch.setattr(kernels_cuda, name, stand_in_for(name))
+    monkeypatch.setattr(kernels_cuda, "array_module", cupy_stand_in)  # `capture`'s
     return calls
 
 
@@ -138,6 +155,29 @@ def test_the_stand_in_has_cupys_limits():
     assert bool((y == 3).all())
     assert cupy_stand_in.transfers == [1]
     assert math.isnan(cupy_stand_in.empty((), np.float32))
+
+
+def test_the_stand_in_captures():
+    """A graph computes when launched, with the numbers of its record, on what arrays then hold."""
+    stream, x = cupy_stand_in.Stream(non_blocking=True), cupy_stand_in.zeros((2, 2), np.float32)
+    number, row = 1.0, cupy_stand_in.full(1, 1)
+    stream.begin_capture()
+    y = x * 2 + number
+    z = y[row].copy()
+    x += 1
+    for refused, error in ((x.get, RuntimeError), (lambda: bool(x[0, 0]), RuntimeError),
+                           (lambda: cupy_stand_in.asarray([1.0]), RuntimeError),
+                           (lambda: x @ x, NotImplementedError)):
+        with pytest.raises(error):
+            refused()
+    graph = stream.end_capture()
+    number = 5.0
+    assert not x.get().any() and np.isnan(y.get()).all() and np.isnan(z.get()).all()
+    for expected in (1, 3):
+        graph.launch()
+        np.testing.assert_array_equal(y.get(), np.full((2, 2), expected))
+        np.testing.assert_array_equal(z.get(), np.full((1, 2), expected))
+    np.testing.assert_array_equal(x.get(), np.full((2, 2), 2))
 
 
 # The backbone -------------------------------------------------------------------------------------
@@ -367,6 +407,67 @@ def test_generation_in_every_policy(policy, fused):
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert_same(results[0][1], results[1][1])
     assert_same(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("model, graphs", [
+    (dict(), 2), (dict(dtype="bfloat16"), 2), (dict(dtype="mixed_bfloat16"), 2),
+    (dict(SU, max_sequence_length=2000, pretraining_sequence_length=1021), 3),
+    (dict(sliding_window=700), 2), (dict(sliding_window=4000), 2),
+    (dict(tie_word_embeddings=True), 2), (dict(dtype="float64"), 0), (dict(fused=False), 0)])
+def test_decoding_is_a_graph(model, graphs, monkeypatch, kernels):
+    """One launch per token; a new record per 1,024 slots, change of factors, and moved window."""
+    captured, launches = [], []
+
+    def capture(function):
+        before = len(kernels)
+        graph = kernels_cuda_capture(function)
+        captured.append(collections.Counter(kernels[before:]))
+
+        def launch():
+            launches.append(len(captured))
+            before = len(kernels)
+            result = graph()
+            assert len(kernels) == before  # Python launches none of them
+            return result
+        return launch
+
+    kernels_cuda_capture = kernels_cuda.capture
+    monkeypatch.setattr(kernels_cuda, "capture", capture)
+    S, room, logits = 1015, 1030, []
+    if model.get("sliding_window") == 700:
+        S, room = 1395, 1405  # the cache has room for two windows: 1400
+    token_ids = np.random.default_rng(1).integers(0, 64, (2, room))
+    for causal_lm in map(phi3_ref.Phi3CausalLM, pair(max_sequence_length=2000, **{
+            key: value for key, value in model.items() if key != "max_sequence_length"})):
+        backbone, found = causal_lm.backbone, []
+        cache = phi3_ref.KVCache(backbone, 2, room, chunk=500)
+        for start in range(0, S, 500):
+            backbone.forward(backbone.xp.asarray(token_ids[:, start : min(start + 500, S)]),
+                             cache=cache, total=S)
+        for index in range(S + 1, room + 1):
+            step, cache = causal_lm.next_logits(token_ids, index, cache)
+            found.append(phi3_ref.to_numpy(step).copy())
+        logits.append(np.stack(found))
+    np.testing.assert_array_equal(*logits)
+    assert len(captured) == graphs
+    if graphs:  # one position is not alone: the long factors begin by computing 1,022 anew
+        assert len(launches) == room - S - ("rope_scaling_type" in model)
+        once = {"rms_norm": 5, "attention": 2, "linear": 8}  # in two layers
+        assert captured == [collections.Counter(once) + collections.Counter(once)] * graphs
+
+
+@pytest.mark.parametrize("rows, graphs", [(1, 1), (8, 1), (9, 0)])
+def test_more_rows_than_the_kernel_takes(rows, graphs, monkeypatch):
+    """A batch of up to 8 is decoded by a graph; of more, by cuBLAS, which none can hold."""
+    captured = []
+    monkeypatch.setattr(kernels_cuda, "capture", lambda function, capture=kernels_cuda.capture: (
+        captured.append(1), capture(function))[1])
+    results = []
+    for causal_lm in map(phi3_ref.Phi3CausalLM, pair()):
+        causal_lm.compile(sampler="greedy")
+        results.append(causal_lm.generate(batch(*[5] * rows), stop_token_ids=None)["token_ids"])
+    np.testing.assert_array_equal(*results)
+    assert len(captured) == graphs
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

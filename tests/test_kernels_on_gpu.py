@@ -106,6 +106,21 @@ def test_rms_norm(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("size, out", [
+    (1, 1), (97, 5), (136, 9), (3072, 9216), (3072, 16384), (8192, 3072), (3072, 32064)])
+def test_linear(dtype, rows, size, out):
+    rng = np.random.default_rng(size)
+    x, weight = (rng.normal(size=(n, size + 8)).astype(ref.NUMPY_DTYPE[dtype])
+                 for n in (rows, out))
+    for part in (slice(8, None), slice(1, -7)):  # in vectors, and one by one
+        y = kernels_cuda.linear(to_gpu(x)[:, part], to_gpu(weight)[:, part]).get()
+        exact = x[:, part].astype("float64") @ weight[:, part].astype("float64").T
+        assert y.dtype == x.dtype and y.shape == exact.shape
+        assert ref.relative_error(y, exact) <= ref.EPSILON[dtype] / 2 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("S, T", [(1, 4096), (3, 2000), (777, 2000), (2048, 2048)])
 def test_same_bits_every_time(dtype, S, T):
     inputs = on_cpu.Case(dtype, 2, S, T, 10, 4, 96, "left", 1500, layout="fused").inputs()
@@ -144,6 +159,34 @@ def test_backbone(dtype, fused):
         if mask is None or mask.any():
             error = ref.relative_error(ours.get(), reference, mask)
             assert error <= ref.TOLERANCE[dtype], config
+
+
+SU = dict(rope_scaling_type="su", max_sequence_length=2000, pretraining_sequence_length=1021,
+          rope_scaling_short_factor=np.linspace(1, 2, 48).tolist(),
+          rope_scaling_long_factor=np.linspace(1, 8, 48).tolist())
+
+
+@pytest.mark.parametrize("B", [1, 2, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", [{}, SU, dict(sliding_window=600)])
+def test_decoding_by_a_graph(model, dtype, B):
+    """Logits while the 1,024 slots of the first record fill up, factors change, windows move."""
+    token_ids = np.random.default_rng(0).integers(0, 200, (B, 1210))
+    results = []
+    for backend in ("numpy", "cupy", "cupy"):
+        causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(
+            200, 2, 384, 512, 4, 2, seed=0, dtype=dtype, backend=backend, **model))
+        cache, logits = phi3_ref.KVCache(causal_lm.backbone, B, 1210, chunk=600), []
+        causal_lm.backbone.forward(
+            causal_lm.backbone.xp.asarray(token_ids[:, :1014]), cache=cache)
+        for index in range(1015, 1031 if "sliding_window" not in model else 1210):
+            step, cache = causal_lm.next_logits(token_ids, index, cache)
+            logits.append(phi3_ref.to_numpy(step).copy())
+        results.append(np.stack(logits))
+        assert (cache.graph is None) == (backend == "numpy")
+    exact, ours, again = results
+    assert ref.relative_error(ours, exact) <= ref.TOLERANCE[dtype]
+    np.testing.assert_array_equal(ours, again)
 
 
 @settings(max_examples=ref.examples(5))
