@@ -918,7 +918,8 @@ def contents(causal_lm):
     """(settings, weights, tokenization) of a loaded model, each comparable with ==."""
     backbone = causal_lm.backbone
     settings = {name: value for name, value in vars(backbone).items()
-                if name not in ("xp", "weights", "weight_seed", "dropout_rng", "backend")}
+                if name not in ("xp", "weights", "weight_seed", "dropout_rng", "backend",
+                                "rope_factors")}  # these are other settings, as an array
     arrays = {name: (str(array.dtype), array.shape, array.tobytes())
               for name, array in backbone.huggingface_tensors(backbone.weights)}
     preprocessor = causal_lm.preprocessor
