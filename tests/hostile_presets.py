@@ -829,6 +829,8 @@ def mutate(directory, source, canary):
     """
     choices, done = Choices(source), []
     for _ in range(choices.pick([1, 1, 1, 2])):
+        if not all(path.is_file() or path.is_dir() for path in directory.rglob("*")):
+            break  # what the first has left, a FIFO or /dev/zero, would keep its reader for ever
         kinds = [spoil_bytes, spoil_bytes, spoil_json, spoil_directory]
         if regular(directory, "*.safetensors"):
             kinds += [spoil_safetensors, spoil_safetensors]
