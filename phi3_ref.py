@@ -630,6 +630,9 @@ class Phi3Backbone(Backbone):
         for name in ("head_dim", "sliding_window"):
             require_int(name, getattr(self, name), optional=True)
         require_int("seed", seed, low=0, optional=True)
+        for name in ("trainable", "fused", "tie_word_embeddings"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"`{name}` must be True or False. Received: {value!r}")
         for name, valid, interval in (
             ("layer_norm_epsilon", lambda value: value >= 0, "[0, inf)"),
             ("dropout", lambda value: 0 <= value < 1, "[0, 1)"),

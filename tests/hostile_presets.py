@@ -1023,7 +1023,7 @@ def misread(directory, settings):
     else:
         stated = {name: value for name, value in config["config"].items() if name != "dtype"}
     return {name: (value, settings[name]) for name, value in stated.items()
-            if settings[name] != value or type(settings[name]) is not type(value)}
+            if repr(settings[name]) != repr(value)}  # so that True is not 1, and NaN is NaN
 
 
 class Judge:

@@ -332,6 +332,8 @@ def test_tied_embeddings():
         "num_key_value_heads", "max_sequence_length", "pretraining_sequence_length")],
     *[({"sliding_window": value}, "sliding_window") for value in (0, -3, 1.5)],
     *[({"head_dim": value}, "head_dim") for value in (0, -2, 3, 4.5, "4")],
+    *[({name: value}, name) for value in (1, "false", None, np.nan)
+      for name in ("trainable", "fused", "tie_word_embeddings")],
     *[({"layer_norm_epsilon": value}, "layer_norm_epsilon")
       for value in (-1e-6, np.nan, "1", None)],
     *[({"dropout": value}, "dropout") for value in (-0.1, 1.0, 1.5, np.nan, "a", None)],
