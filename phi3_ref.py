@@ -1219,6 +1219,7 @@ class Preset:
         for name in names:
             require(isinstance(name, str) and pathlib.PurePath(name).name == name[:255],
                     f"{self.name}/{index} names {name!r}, which is not a file beside it")
+        require(names, f"{self.name}/{index} names no file")
         names = sorted(set(names))
         paths = [self.file(name) for name in names]
         if None in paths:
@@ -1315,9 +1316,9 @@ def open_hdf5(path, stack):
             require(item.chunks is None and not item.external and not item.is_virtual
                     and item.id.get_storage_size() == item.nbytes,
                     f"{name} is not stored as Keras does: whole, in this file, uncompressed")
-            dtype = item.dtype.name
-            if dtype == "void16" and item.attrs.get("dtype") == "bfloat16":
-                dtype = "bfloat16"  # HDF5 has none: Keras writes opaque items of two bytes
+            # HDF5 has no bfloat16: Keras writes opaque items of two bytes. The attribute that says
+            # so is not read, as the HDF5 library may never return from a damaged one.
+            dtype = "bfloat16" if item.dtype.name == "void16" else item.dtype.name
             read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
             found[name] = StoredTensor(path, item.shape, dtype, read)
 

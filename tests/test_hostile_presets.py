@@ -7,6 +7,7 @@ loads equal to what an independent reader of the files finds.
 """
 
 import gc
+import json
 import random
 import re
 
@@ -128,6 +129,28 @@ def test_a_vocabulary_with_a_piece_that_is_no_utf8_is_refused_by_name(judge):
         path.write_bytes(content.replace(b"\xe2\x96\x81wor", b"\xe2\x96\xf4wor"))
         outcome = judge.outcome(name)
         assert outcome.kind == "refused" and "utf-8" in outcome.detail, outcome
+
+
+def test_the_heap_of_hdf5s_attributes_is_not_read(judge):
+    """Found by the fuzzer: the HDF5 library looks for an attribute's text in it, and never ends."""
+    name = "keras, bfloat16"
+    judge.write(name)
+    path = judge.directory / "model.weights.h5"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"GCOL") + 0x139] ^= 8
+    path.write_bytes(content)
+    assert judge.outcome(name).kind == "equal"
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"/layers/phi3_decoder/vars": []}])
+@pytest.mark.parametrize("name", ["keras, sharded", "huggingface, sharded"])
+def test_an_index_that_names_no_file_is_refused_by_name(judge, name, weight_map):
+    """Found by the fuzzer: the message named nothing, either."""
+    judge.write(name)
+    path, = judge.directory.glob("model*.json")
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    outcome = judge.outcome(name)
+    assert outcome.kind == "refused" and f"{path.name} names no file" in outcome.detail, outcome
 
 
 @settings(max_examples=500)
