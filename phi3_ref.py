@@ -1316,9 +1316,11 @@ def open_hdf5(path, stack):
             require(item.chunks is None and not item.external and not item.is_virtual
                     and item.id.get_storage_size() == item.nbytes,
                     f"{name} is not stored as Keras does: whole, in this file, uncompressed")
-            # HDF5 has no bfloat16: Keras writes opaque items of two bytes. The attribute that says
-            # so is not read, as the HDF5 library may never return from a damaged one.
-            dtype = "bfloat16" if item.dtype.name == "void16" else item.dtype.name
+            dtype = item.dtype.name
+            if dtype == "void16" and "dtype" in item.attrs:
+                # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
+                # says is not read: the HDF5 library may never return from a damaged one.
+                dtype = "bfloat16"
             read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
             found[name] = StoredTensor(path, item.shape, dtype, read)
 
