@@ -949,12 +949,16 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-def stored_arrays(directory, names):
-    """{name: float32 array} as h5py and safetensors read the files, every name in one file."""
+def stored_arrays(directory, names, keras):
+    """{name: float32 array} as h5py and safetensors read a preset's files, every name in one."""
+    whole, index = (("model.weights.h5", "model.weights.json") if keras else
+                    ("model.safetensors", "model.safetensors.index.json"))
+    files = [whole]
+    if not (directory / whole).is_file():  # before shards, as in KerasHub and transformers
+        files = json.loads((directory / index).read_bytes())["weight_map"].values()
     found = {}
-    whole = [directory / name for name in ("model.weights.h5", "model.safetensors")
-             if (directory / name).is_file()]  # before shards, as in KerasHub and transformers
-    for path in whole or regular(directory, "*.safetensors") + regular(directory, "*.h5"):
+    for path in {directory / name for item in files
+                 for name in (item if isinstance(item, list) else [item])}:
         if path.suffix == ".safetensors":
             arrays = safetensors.numpy.load_file(path)
             found |= {name: arrays[name].astype(np.float32) for name in names & arrays.keys()}
@@ -981,7 +985,7 @@ def different(causal_lm, before, directory):
         if not all(np.isfinite(array).all() for array in views.values()):
             return Outcome("finding", "loaded weights that are not finite")
         try:
-            stored = stored_arrays(directory, views.keys())
+            stored = stored_arrays(directory, views.keys(), keras)
         except Exception as error:
             return Outcome("finding", f"loaded what its own library cannot read: {error!r}")
         for name, view in views.items():
