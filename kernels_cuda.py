@@ -1012,10 +1012,10 @@ def capture(function):
     the host, or call cuBLAS, which CuPy does not record.
 
     Args:
-        function: function without arguments that returns an array on the GPU.
+        function: function without arguments that returns arrays on the GPU.
 
     Returns:
-        A function without arguments: it launches the graph, and returns that same array, whose
+        A function without arguments: it launches the graph, and returns those same arrays, whose
         contents are new. The memory of all arrays in between stays the graph's own.
     """
     cuda = array_module.cuda

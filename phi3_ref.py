@@ -110,7 +110,7 @@ def matmul(a, b):
     return (upcast(a) @ upcast(b)).astype(a.dtype, copy=False)
 
 
-MOST_ROWS_OF_KERNEL = 8  # that `kernels_cuda.linear` multiplies: decoding's
+MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding step's
 
 
 def linear(x, weight):
@@ -719,9 +719,10 @@ class Phi3Backbone(Backbone):
         tap = no_tap if tap is None else tap  # an empty Trace is false
         if cache is not None:
             cache.make_room(end - start)
-        plain = cache is not None and padding_mask is None and not training and tap is no_tap
-        decodes = plain and token_ids.shape[1] == 1 and token_ids.size <= MOST_ROWS_OF_KERNEL
-        if decodes and self.fused and has_kernel(cache.arrays):
+        by_graph = (cache is not None and has_kernel(cache.arrays) and self.fused
+                    and token_ids.shape[1] == 1 and token_ids.size <= MOST_ROWS_OF_KERNEL
+                    and padding_mask is None and not training and tap is no_tap)
+        if by_graph:
             hidden_states = self.replay(token_ids, cache, long)
         else:
             rotary = self.rotary_of(self.xp.arange(start, end), long)

@@ -459,6 +459,7 @@ def test_decoding_is_a_graph(model, graphs, monkeypatch, kernels):
 @pytest.mark.parametrize("rows, graphs", [(1, 1), (8, 1), (9, 0)])
 def test_more_rows_than_the_kernel_takes(rows, graphs, monkeypatch):
     """A batch of up to 8 is decoded by a graph; of more, by cuBLAS, which none can hold."""
+    assert phi3_ref.MOST_ROWS_OF_KERNEL == kernels_cuda.LINEAR_ROWS[-1] == 8
     captured = []
     monkeypatch.setattr(kernels_cuda, "capture", lambda function, capture=kernels_cuda.capture: (
         captured.append(1), capture(function))[1])
