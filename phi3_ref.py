@@ -1789,11 +1789,7 @@ def load_tokenizer(preset):
 
 
 def read_tokenizer_model(path, names, config, model):
-    """Read a tokenizer.model as `transformers.LlamaTokenizer` does, the class Phi-3's config names.
-
-    `AutoTokenizer`, in transformers 5, overrides that name and so never puts a space before the
-    text: in this we do not follow it.
-    """
+    """Read a tokenizer.model as `transformers.LlamaTokenizer` does, the class a Phi-3 names."""
     model.ParseFromString(read_small(path))
     added = {
         token_id: {"content": piece.piece}

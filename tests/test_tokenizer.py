@@ -17,7 +17,7 @@ import sentencepiece
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from references import examples
+from references import examples, seen_with
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 import phi3_ref
@@ -292,13 +292,12 @@ def test_an_end_token_is_no_start_token(tmp_path):
     assert phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path).add_start_token is False
 
 
-def test_auto_tokenizer_loses_the_space_before_the_text(tmp_path):
-    """tokenizer.model alone: AutoTokenizer gives our ids for chats, but forgets the prefix."""
+def test_tokenizer_model_alone(tmp_path):
+    """Without a tokenizer.json, AutoTokenizer gives our ids, for chats and for plain text."""
     theirs = transformers.AutoTokenizer.from_pretrained(write_slow(tmp_path))
     ours = phi3_ref.Phi3Tokenizer.from_preset(tmp_path)
-    chat = "<|user|>\nThe quick fox?<|end|>\n<|assistant|>\n"
-    assert ours(chat) == theirs(chat)["input_ids"]
-    assert ours("fox") == theirs(" fox")["input_ids"] != theirs("fox")["input_ids"]
+    for text in ("<|user|>\nThe quick fox?<|end|>\n<|assistant|>\n", "fox", " fox"):
+        assert ours(text) == theirs(text)["input_ids"]
 
 
 # A first space could be the prefix; added tokens take spaces away; "▁" comes back as a space.
@@ -460,7 +459,8 @@ def test_a_prompt_without_start_token(keras):
     theirs, ours = preprocessors(keras, sequence_length=4, add_start_token=False)
     prompt = ours.generate_preprocess("a")
     assert prompt["token_ids"][prompt["padding_mask"]].tolist() == keras.ours("a")
-    assert np.asarray(theirs.generate_preprocess("a")["token_ids"])[0] == keras.ours.start_token_id
+    theirs = np.asarray(theirs.generate_preprocess("a")["token_ids"])
+    assert theirs[0] == keras.ours.start_token_id, seen_with("keras-hub", "0.32.0")
 
 
 @settings(max_examples=examples(40))
