@@ -3,7 +3,7 @@
 `rms_norm`, `attention` and `linear` have the signatures and the meaning of phi3_ref's, on CuPy
 arrays in float32, float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a
 comment that gives its algorithm, its tiling, and what limits it; they are compiled when they are
-first used. `capture` makes one launch of many: a CUDA graph.
+first used. `decode_by_graph` makes one launch of a decoding step's many: a CUDA graph.
 
 Legend, as in phi3_ref: B batch, S query positions, T key positions, H query heads, K key/value
 heads, G = H // K, C head_dim, D hidden_dim. The S queries are the last S of the T positions.
@@ -24,6 +24,7 @@ References:
     PTX instructions  https://docs.nvidia.com/cuda/parallel-thread-execution
 """
 
+import contextlib
 import functools
 import math
 
@@ -1035,3 +1036,81 @@ def capture(function):
         return result
     replay.memory = pool  # of the arrays that `function` let go of; the graph writes to them
     return replay
+
+
+SLOTS_PER_GRAPH = 1024  # of a KV cache: so many tokens are decoded before the next record
+
+
+class NextPosition:
+    """A KV cache, as the model's forward pass sees it while a step of decoding is recorded.
+
+    A record is fixed, numbers and addresses. So the slot of the new position is an array, and
+    attention goes over `room` slots, more than are taken, with a mask of those that are seen.
+    """
+
+    def __init__(self, cache, room):
+        self.arrays, self.first, self.length = cache.arrays, cache.first, cache.length
+        self.room, self.window = room, cache.window
+        self.slot = array_module.full(1, cache.length - cache.first)
+
+    def begin(self, count):
+        """Return the new position, [1], and see to the mask."""
+        distance = self.slot[:, None] - array_module.arange(self.room)  # [1, room]
+        visible = (distance >= 0) & (distance < (self.window or math.inf))
+        self.mask = visible.repeat(self.arrays.shape[2], 0)  # [B, room]
+        return self.slot + self.first
+
+    def append(self, layer, key, value):
+        """Write one layer's new key and value, [B, 1, K, C]; return what `attention` takes."""
+        keys, values = self.arrays[layer, :, :, : self.room]
+        keys[:, self.slot] = key
+        values[:, self.slot] = value
+        return keys, values, self.mask, None
+
+
+def decode_by_graph(forward, weights, config, token_ids, cache, total):
+    """Call `forward` for one more position of a KV cache by a CUDA graph, recorded when need be.
+
+    A step of decoding is a thousand small kernels, and Python takes longer to launch them than the
+    GPU to run them. Recorded once, they are launched as one, until the slots that the record sees
+    are taken, a sliding window has moved, or su scaling changes its factors.
+
+    Args:
+        forward: phi3_ref's function, whose first arguments follow.
+        weights: see `forward`, and so for `config`.
+        token_ids: [B, 1], int.
+        cache: KVCache; its `graph` is the last record.
+        total: int, the positions with the new one.
+
+    Returns:
+        [B, 1, D]; the next call writes its result into the same array.
+    """
+    cache.begin(1)
+    slot, room = cache.length - cache.first, cache.arrays.shape[3]
+    room = min((slot // SLOTS_PER_GRAPH + 1) * SLOTS_PER_GRAPH, room)
+    record_for = room, cache.first, config.uses_long_factors(total)
+    if getattr(cache, "graph_for", None) != record_for:
+        ids, next_position = token_ids.copy(), NextPosition(cache, room)
+        step = functools.partial(forward, weights, config, ids, cache=next_position, total=total)
+        cache.graph, cache.graph_for = (capture(step), ids, next_position.slot), record_for
+    graph, ids, slots = cache.graph
+    ids[...] = token_ids
+    slots[...] = slot
+    hidden_states = graph()
+    cache.length = total
+    return hidden_states
+
+
+@contextlib.contextmanager
+def memory_for(what):
+    """Say, where the GPU's memory runs out within, for what, and how much was needed and free.
+
+    Raises:
+        MemoryError: in the place of CuPy's own.
+    """
+    try:
+        yield
+    except array_module.cuda.memory.OutOfMemoryError as error:  # which says what was needed
+        free = array_module.cuda.runtime.memGetInfo()[0]
+        free += array_module.get_default_memory_pool().free_bytes()
+        raise MemoryError(f"{what}: {error} {free:,} bytes are free on the GPU.") from error

@@ -1,8 +1,10 @@
 """Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
 
-Every layer of the model is a function of a few lines on plain arrays; nothing is hidden in a
-framework. The file computes what KerasHub's `Phi3Backbone` computes, loads the real checkpoints in
-Keras's and in Hugging Face's format, and generates text with them. It does not train.
+The first part is a story: the whole model, from token ids to logits, as functions of a few lines on
+plain arrays. Nothing is hidden in a framework, and no file is opened in it. The second part, the
+appendix, connects the model with the world: Keras's and Hugging Face's names and files, tokenizers,
+text generation, instruments to compare it with others, a command line. The model computes what
+KerasHub's `Phi3Backbone` computes. It does not train.
 
 Legend. Every shape comment uses these letters:
 
@@ -10,6 +12,16 @@ Legend. Every shape comment uses these letters:
     S  query positions           F  intermediate_dim     R  rotary_dim, the rotated part of C
     T  key positions (S <= T)    V  vocabulary_size
     H  query heads               K  key/value heads      G  H // K, query heads per key/value head
+
+Rounding. Where the computation is in 16 bits, all sums run in float32, and these are rounded:
+
+    linear                  the product, once
+    rms_norm                the normed and scaled vector, once (transformers: before the scale, too)
+    rotary_embedding        cosines and sines; then each product and each sum of two
+    attention               the context, once
+    textbook_attention      scores, before and after their scaling; probabilities; the context
+    silu                    its result; then the product of gate and intermediate
+    residuals, embedding    every result, as 16-bit arithmetic does
 
 References:
 
@@ -27,6 +39,7 @@ References:
 import argparse
 import collections
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import html
@@ -46,9 +59,8 @@ import numpy as np
 
 # ---- Arrays and dtypes ---------------------------------------------------------------------------
 
-# Each policy: the dtype of the weights, the dtype of the computation. In 16 bits, sums (matrix
-# products, norms, softmax) still run in float32. "float64" computes everything in float64: the
-# oracle that every other result can be measured against.
+# Each policy: the dtype of the weights, the dtype of the computation. "float64" computes everything
+# in float64: the oracle that every other result can be measured against.
 DTYPE_POLICIES = {
     "float64": ("float64", "float64"),
     "float32": ("float32", "float32"),
@@ -65,36 +77,10 @@ def get_array_module(array):
     return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
 
 
-def to_numpy(array):
-    """Return `array` in the host's memory, as a NumPy array."""
-    return array.get() if hasattr(array, "get") else np.asarray(array)
-
-
-def load_backend(backend):
-    """Return the module that a backend's name, "numpy" or "cupy", stands for."""
-    if backend == "numpy":
-        return np
-    require(backend == "cupy", f'`backend` must be "numpy" or "cupy". Received: {backend!r}')
-    try:
-        import cupy
-
-        cupy.cuda.runtime.getDeviceCount()
-    except ImportError as error:
-        raise ImportError('backend="cupy" needs CuPy: pip install cupy-cuda13x') from error
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RuntimeError(f'backend="cupy" needs an NVIDIA GPU and its driver: {error}') from error
-    return cupy
-
-
-def require_memory(xp, size, what):
-    """Raise MemoryError if `what`, of `size` bytes, is more than the GPU has free.
-
-    (On the host, NumPy itself raises MemoryError.)
-    """
-    if xp is not np:
-        free = xp.cuda.runtime.memGetInfo()[0] + xp.get_default_memory_pool().free_bytes()
-        if size > free:
-            raise MemoryError(f"{what}: {size:,} bytes needed, {free:,} bytes free on the GPU")
+@functools.lru_cache
+def constant(xp, numbers, dtype):
+    """Return a tuple of numbers as an array [len(numbers)] of `xp`, sent to a GPU only once."""
+    return xp.asarray(numbers, dtype)
 
 
 def upcast(x):
@@ -110,78 +96,177 @@ def matmul(a, b):
     return (upcast(a) @ upcast(b)).astype(a.dtype, copy=False)
 
 
-MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding step's
+# ---- The configuration ---------------------------------------------------------------------------
 
 
-def linear(x, weight):
-    """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out].
+def su_magnitude(stretch, pretraining_sequence_length):
+    """Return su scaling's factor on cosines and sines for contexts `stretch` times longer."""
+    return math.sqrt(1 + math.log(max(1, stretch)) / math.log(pretraining_sequence_length))
 
-    The rows of `weight` are outputs because Hugging Face's files hold it so; for one position
-    (decoding), either layout streams through memory equally fast.
+
+@dataclasses.dataclass(frozen=True)
+class Phi3Config:
+    """The sizes and settings of a Phi-3, under KerasHub's names.
+
+    Raises:
+        ValueError: a value is impossible.
     """
-    rows = x.reshape(-1, x.shape[-1])  # [n, in]
-    narrow, few = x.dtype.itemsize == 2, len(rows) < 128
-    if has_kernel(x) and len(rows) <= MOST_ROWS_OF_KERNEL:
-        import kernels_cuda
 
-        product = kernels_cuda.linear(rows, weight)
-    elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
-        product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
-    else:
-        # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
-        # upcast at once; for few rows so small a piece that it stays in cache (3 times faster).
-        # 2 to 127 rows: BLAS is up to 1.8 times faster if a piece comes first, (W x^T)^T.
-        rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
-        size = 128 if few and narrow else 512
-        for start in range(0, len(weight), size):
-            piece = upcast(weight[start : start + size])
-            product[:, start : start + size] = (piece @ rows.T).T if few else rows @ piece.T
-    return product.reshape(*x.shape[:-1], len(weight))
+    vocabulary_size: int  # V
+    num_layers: int
+    hidden_dim: int  # D
+    intermediate_dim: int  # F
+    num_query_heads: int  # H
+    num_key_value_heads: int  # K, divides H
+    layer_norm_epsilon: float = 1e-6
+    dropout: float = 0.0  # in [0, 1), the share that falls out in training
+    max_sequence_length: int = 4096  # the positions that the model is made for
+    pretraining_sequence_length: int = 4096  # longer sequences take su scaling's long factors
+    rope_max_wavelength: float = 10000
+    rope_scaling_type: str | None = None  # or "su"
+    rope_scaling_short_factor: list | None = None  # R / 2 floats, for "su"
+    rope_scaling_long_factor: list | None = None  # R / 2 floats, for "su"
+    dtype: str = "float32"  # a key of `DTYPE_POLICIES`
+    _: dataclasses.KW_ONLY
+    fused: bool = True  # False: the textbook functions, and not their fast twins
+    # The rest is for Hugging Face checkpoints that KerasHub cannot express.
+    head_dim: int | None = None  # C; None is D // H
+    partial_rotary_factor: float = 1.0  # in (0, 1], the share of C that RoPE rotates
+    sliding_window: int | None = None  # see `visible_keys`
+    tie_word_embeddings: bool = False  # the output projection is the token embedding
+    rope_attention_factor: float | None = None  # None is su scaling's own magnitude
+
+    def __post_init__(self):
+        check_config(self)
+        put = functools.partial(object.__setattr__, self)  # the instance is frozen
+        put("head_dim", self.head_dim or self.hidden_dim // self.num_query_heads)
+        put("rotary_dim", int(self.head_dim * self.partial_rotary_factor))  # R
+        if self.rope_scaling_type == "su" and self.rope_attention_factor is None:
+            stretch = self.max_sequence_length / self.pretraining_sequence_length
+            put("rope_attention_factor", su_magnitude(stretch, self.pretraining_sequence_length))
+        weight_dtype, compute_dtype = DTYPE_POLICIES[self.dtype]
+        put("weight_dtype", np.dtype(weight_dtype))
+        put("compute_dtype", np.dtype(compute_dtype))
+
+    def uses_long_factors(self, length):
+        """Say whether a sequence of `length` positions takes su scaling's long factors."""
+        return self.rope_scaling_type == "su" and length > self.pretraining_sequence_length
+
+    def rotary(self, positions, long=False):
+        """Return the cosines and sines by which RoPE turns pairs of a head's components.
+
+        Pair i turns by `position * max_wavelength^(-2i / R)` radians. Su scaling makes contexts
+        longer: it divides each pair's speed by a factor of its own, so that far positions stay
+        within the angles that the model has learned, and evens out the dot products' size by a
+        magnitude. Sequences beyond the pretraining length take other factors than those within.
+
+        Args:
+            positions: [S], int.
+            long: bool, take su scaling's long factors; see `uses_long_factors`.
+
+        Returns:
+            (cos, sin), each [S, 1, R / 2], in the compute dtype; the 1 broadcasts over heads.
+
+        Source: https://arxiv.org/abs/2104.09864, https://arxiv.org/abs/2402.13753; KerasHub's
+        `RotaryEmbedding` and `Phi3SuScaledRotaryEmbedding`.
+        """
+        xp, R = get_array_module(positions), self.rotary_dim
+        wide = np.float64 if self.compute_dtype == np.float64 else np.float32
+        frequencies = self.rope_max_wavelength ** -(xp.arange(0, R, 2).astype(wide) / R)  # [R / 2]
+        magnitude = 1.0
+        if self.rope_scaling_type == "su":
+            factors = self.rope_scaling_long_factor if long else self.rope_scaling_short_factor
+            frequencies = frequencies / constant(xp, tuple(factors), wide)
+            magnitude = self.rope_attention_factor
+        angles = positions.astype(wide)[:, None, None] * frequencies  # [S, 1, R / 2]
+        tables = xp.cos(angles) * magnitude, xp.sin(angles) * magnitude
+        return [table.astype(self.compute_dtype, copy=False) for table in tables]
+
+    def layer_shapes(self):
+        """Return {name: shape} of one layer's weights.
+
+        A matrix's rows are outputs, as in Hugging Face's files.
+        """
+        D, F, C = self.hidden_dim, self.intermediate_dim, self.head_dim
+        H, K = self.num_query_heads, self.num_key_value_heads
+        return {
+            "pre_attention_layernorm": (D,),
+            "qkv": ((H + 2 * K) * C, D),  # query, key and value in one product
+            "attention_output": (D, H * C),
+            "post_attention_layernorm": (D,),
+            "feedforward_gate_intermediate": (2 * F, D),  # gate and intermediate in one product
+            "feedforward_output": (D, F),
+        }
+
+    def count_params(self):
+        """Return the number of parameters, an int, even of a model that no memory holds."""
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocabulary_size * self.hidden_dim
+        return embeddings + self.num_layers * layer + self.hidden_dim
+
+    def build_weights(self, make):
+        """Return the tree of weights, each array made by `make(name, shape)`.
+
+        Gradients, shapes, whatever belongs to weights one by one, are trees of the same form.
+        """
+        V, D = self.vocabulary_size, self.hidden_dim
+        tree = {
+            "token_embedding": make("token_embedding", (V, D)),
+            "transformer_layers": [
+                {part: make(f"transformer_layer_{i}.{part}", shape)
+                 for part, shape in self.layer_shapes().items()}
+                for i in range(self.num_layers)
+            ],
+            "sequence_output_layernorm": make("sequence_output_layernorm", (D,)),
+        }
+        tied = self.tie_word_embeddings
+        reverse = tree["token_embedding"] if tied else make("reverse_embedding", (V, D))
+        return tree | {"reverse_embedding": reverse}
 
 
-def has_kernel(x):
-    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, but not the oracle's."""
-    return get_array_module(x) is not np and x.dtype != np.float64
+def named_weights(weights):
+    """Yield (name, array) of all of a tree, under the names that `build_weights` gives."""
+    for name, value in weights.items():
+        if name == "transformer_layers":
+            for i, layer in enumerate(value):
+                for part, array in layer.items():
+                    yield f"transformer_layer_{i}.{part}", array
+        else:
+            yield name, value
 
 
-def require(condition, message):
-    """Raise ValueError with `message`, cut off where it gets long, unless `condition` holds."""
-    if not condition:
-        raise ValueError(message if len(message) < 1000 else message[:1000] + " …")
+def random_weights(config, seed=None, xp=np):
+    """Return a tree of random weights, distributed as KerasHub's: norms are ones."""
+    rng = np.random.default_rng(seed)
+    xp.empty(config.count_params(), config.weight_dtype)  # too large a model fails here, at once
 
+    def make(name, shape):
+        if len(shape) == 1:
+            return xp.ones(shape, config.weight_dtype)
+        normal = rng.standard_normal(shape, np.float32)
+        normal *= np.float32(0.01 if name.endswith("embedding") else 0.02)
+        return xp.asarray(normal.astype(config.weight_dtype, copy=False))
 
-def require_int(name, value, low=1, optional=False):
-    """Raise ValueError unless the argument `name` is an integer of 64 bits and at least `low`."""
-    require((optional and value is None) or (is_int(value) and low <= value < 2**63),
-            f"`{name}` must be {'None or ' * optional}an integer in [{low}, 2^63). "
-            f"Received: {value!r}")
-
-
-def is_int(value):
-    """Say whether `value` is an integer; a bool is not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def is_number(value):
-    """Say whether `value` is a number that float32 can hold; a bool is not."""
-    number = is_int(value) or isinstance(value, (float, np.floating))
-    return number and abs(value) <= float(np.finfo(np.float32).max)  # NaN is not
-
-
-def dtype_policy_name(dtype):
-    """Return the name of a dtype policy given as a name, a dtype, or Keras's object or config."""
-    name = "float32" if dtype is None else getattr(dtype, "name", dtype)
-    if isinstance(name, dict):
-        name = (name.get("config") or {}).get("name")
-    elif not isinstance(name, str):
-        with contextlib.suppress(TypeError):
-            name = np.dtype(name).name
-    require(isinstance(name, str) and name in DTYPE_POLICIES,
-            f"`dtype` must be one of {list(DTYPE_POLICIES)}. Received: {dtype!r}")
-    return name
+    return config.build_weights(make)
 
 
 # ---- The layers, as pure functions ---------------------------------------------------------------
+
+
+# Three functions come in pairs: as the textbook has it, here, and fast, after the model, with the
+# same arguments and, but for rounding, the same results.
+
+
+def functions_for(config):
+    """Return `linear`, `rms_norm` and `attention`, or, with `fused=False`, the textbook's."""
+    if config.fused:
+        return linear, rms_norm, attention
+    return textbook_linear, textbook_rms_norm, textbook_attention
+
+
+def textbook_linear(x, weight):
+    """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out]."""
+    return matmul(x, weight.T)
 
 
 def textbook_rms_norm(x, scale, epsilon):
@@ -193,8 +278,7 @@ def textbook_rms_norm(x, scale, epsilon):
         epsilon: float, added to the mean square.
 
     Returns:
-        Like `x`. In 16 bits the result is rounded once, after the scale, as in Keras
-        (transformers rounds before it).
+        Like `x`.
 
     Source: https://arxiv.org/abs/1910.07467; KerasHub's `Phi3LayerNorm`.
     """
@@ -205,60 +289,13 @@ def textbook_rms_norm(x, scale, epsilon):
     return normed.astype(x.dtype, copy=False)
 
 
-def rms_norm(x, scale, epsilon):
-    """Compute `textbook_rms_norm`, on a GPU in one pass over memory."""
-    require(scale.shape == x.shape[-1:],
-            f"`scale` must be [D] for `x` [..., D]. Received: {scale.shape} and {x.shape}")
-    if has_kernel(x):
-        import kernels_cuda
-
-        return kernels_cuda.rms_norm(x, scale, epsilon)
-    return textbook_rms_norm(x, scale, epsilon)
-
-
-def rotary_tables(positions, rotary_dim, max_wavelength, factors=1.0, magnitude=1.0):
-    """Return the cosines and sines by which RoPE rotates pairs of a head's components.
-
-    Pair i turns by `position * max_wavelength^(-2i / R)` radians; su scaling divides the speed of
-    each pair by a factor of its own, so that longer contexts stay within the angles it has learned.
-
-    Args:
-        positions: [S], float32 (float64 for the oracle).
-        rotary_dim: int, R: how many components are rotated, two by two.
-        max_wavelength: float, the base of the wavelengths.
-        factors: [R / 2], su scaling's factors, or 1.
-        magnitude: float, su scaling's correction of the dot products' size.
-
-    Returns:
-        (cos, sin), each [S, 1, R / 2], in the dtype of `positions`; the 1 broadcasts over heads.
-
-    Source: https://arxiv.org/abs/2104.09864; KerasHub's `RotaryEmbedding` and
-    `Phi3SuScaledRotaryEmbedding`.
-    """
-    xp = get_array_module(positions)
-    exponents = xp.arange(0, rotary_dim, 2).astype(positions.dtype) / rotary_dim
-    frequencies = max_wavelength**-exponents / factors  # [R / 2], radians per position
-    angles = positions[:, None, None] * frequencies  # [S, 1, R / 2]
-    return xp.cos(angles) * magnitude, xp.sin(angles) * magnitude
-
-
-def su_magnitude(stretch, pretraining_sequence_length):
-    """Return su scaling's factor on cosines and sines for contexts `stretch` times longer.
-
-    Source: https://arxiv.org/abs/2402.13753; KerasHub's `Phi3SuScaledRotaryEmbedding`.
-    """
-    if stretch <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(stretch) / math.log(pretraining_sequence_length))
-
-
 def rotary_embedding(x, cos, sin):
     """Rotate pairs of each head's components by its position's angles (RoPE).
 
     Args:
         x: [B, S, heads, C]. Component i pairs with component i + R / 2 (halves, not interleaved);
             what lies beyond R stays as it is.
-        cos: [S, 1, R / 2], in the dtype of `x`.
+        cos: [S, 1, R / 2], in the dtype of `x`; see `Phi3Config.rotary`.
         sin: like `cos`.
 
     Returns:
@@ -311,8 +348,13 @@ def visible_keys(query_positions, key_positions, sliding_window=None):
     return (distance >= 0) & (distance < (sliding_window or math.inf))
 
 
+# Looking inside: functions that compute something worth a look take a `tap`, a function
+# (name, array) -> array. They call it with each named intermediate and go on with what it returns,
+# so that one mechanism records, compares, patches and switches off.
+
+
 def no_tap(name, array):
-    """Return `array`: the tap that is used where none is given."""
+    """Return `array`: the tap where nobody looks."""
     return array
 
 
@@ -356,37 +398,272 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
     return context.transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
 
 
-def attention(query, key, value, padding_mask=None, sliding_window=None):
-    """Causal grouped-query attention that never holds the score matrix.
+def silu(x):
+    """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
+    wide_x, xp = upcast(x), get_array_module(x)
+    y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
+    with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
+        xp.exp(y, out=y)
+    y += 1
+    return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
+
+
+def dropout(x, rate, rng):
+    """Zero each element with probability `rate` and divide the others by `1 - rate`.
+
+    Args:
+        x: any shape.
+        rate: float in [0, 1).
+        rng: a random generator of the module of `x`, in training; None leaves `x` as it is.
+
+    Returns:
+        Like `x`.
+    """
+    if rng is None or rate == 0:
+        return x
+    keep = rng.random(x.shape, dtype=np.float32) >= rate
+    return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
+
+
+# What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
+# last, whose name is the layer's alone, is the layer's result.
+LAYER_TAPS = {
+    "pre_attention_layernorm": "BSD", "attention.query": "BSHC", "attention.key": "BSKC",
+    "attention.value": "BSKC", "attention.query_rotary": "BSHC", "attention.key_rotary": "BSKC",
+    "attention.scores": "BHST", "attention.probabilities": "BHST", "attention.context": "BSHC",
+    "attention_output": "BSD", "attention_residual": "BSD", "post_attention_layernorm": "BSD",
+    "feedforward_gate": "BSF", "feedforward_intermediate": "BSF", "feedforward_output": "BSD",
+    "": "BSD",
+}
+
+
+def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, index=0, rng=None,
+                  tap=no_tap):
+    """One transformer layer: attention, then a gated feed-forward network, each on a residual.
+
+    Args:
+        x: [B, S, D].
+        weights: dict of arrays as `Phi3Config.layer_shapes` lists them, in the dtype of `x`.
+        config: Phi3Config.
+        rotary: (cos, sin) of the S positions; see `Phi3Config.rotary`.
+        padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
+        cache: KVCache or None; what holds the keys and values of the positions before.
+        index: int, the layer's place in the cache.
+        rng: see `dropout`.
+        tap: called with each of `LAYER_TAPS` but the last.
+
+    Returns:
+        [B, S, D].
+
+    Source: KerasHub's `Phi3Decoder`.
+    """
+    linear, rms_norm, attention = functions_for(config)
+    (B, S, _), H, K = x.shape, config.num_query_heads, config.num_key_value_heads
+    C, F = config.head_dim, config.intermediate_dim
+
+    normed = rms_norm(x, weights["pre_attention_layernorm"], config.layer_norm_epsilon)
+    normed = tap("pre_attention_layernorm", normed)
+    all_heads = linear(normed, weights["qkv"])  # [B, S, (H + 2K)C]
+    all_heads = all_heads.reshape(B, S, H + 2 * K, C)
+    query = tap("attention.query", all_heads[:, :, : -2 * K])  # [B, S, H, C]
+    key = tap("attention.key", all_heads[:, :, -2 * K : -K])  # [B, S, K, C]
+    value = tap("attention.value", all_heads[:, :, -K:])
+    query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
+    key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
+    seen = key, value, padding_mask, config.sliding_window
+    if cache is not None:
+        seen = cache.append(index, key, value)  # these, and all that came before
+    context = tap("attention.context", attention(query, *seen, prefixed(tap, "attention")))
+    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)
+    output = tap("attention_output", linear(context, weights["attention_output"]))
+    x = tap("attention_residual", x + dropout(output, config.dropout, rng))
+
+    normed = rms_norm(x, weights["post_attention_layernorm"], config.layer_norm_epsilon)
+    normed = tap("post_attention_layernorm", normed)
+    gate_intermediate = linear(normed, weights["feedforward_gate_intermediate"])  # [B, S, 2F]
+    gate = tap("feedforward_gate", gate_intermediate[..., :F])
+    intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
+    gated = silu(gate)
+    gated *= intermediate  # in place: the array is silu's own
+    output = tap("feedforward_output", linear(gated, weights["feedforward_output"]))
+    return x + dropout(output, config.dropout, rng)
+
+
+# ---- The KV cache --------------------------------------------------------------------------------
+
+
+class KVCache:
+    """The rotated keys and the values of all positions so far, so that each is computed once.
+
+    With a sliding window W, the oldest are dropped where room runs out: no later query sees more
+    than the W - 1 positions before it, so that memory stays the same however long the text gets.
+
+    Args:
+        config: Phi3Config.
+        batch_size: int, B.
+        max_length: int, the number of positions that there is room for.
+        chunk: int or None; with a sliding window, the most positions that come at once.
+        xp: the module, `numpy` or `cupy`, that the arrays are of.
+    """
+
+    def __init__(self, config, batch_size, max_length, chunk=None, xp=np):
+        self.window = config.sliding_window
+        if self.window and chunk:  # room for a second window: positions are moved only rarely
+            max_length = min(max_length, self.window + max(self.window, chunk))
+        heads = config.num_key_value_heads, config.head_dim
+        shape = config.num_layers, 2, batch_size, max_length, *heads
+        self.arrays = xp.zeros(shape, config.compute_dtype)  # [layers, 2, B, room, K, C]
+        self.first = 0  # the oldest position that is still here
+        self.length = 0  # positions so far; the model advances it after the last layer
+
+    def begin(self, count):
+        """Make room for `count` more positions, if need be, and return them: [count], int."""
+        stored = self.length - self.first
+        if self.window and stored + count > self.arrays.shape[3]:
+            kept = min(stored, self.window - 1)
+            for layer in self.arrays:
+                layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()  # they may overlap
+            self.first = self.length - kept
+        return get_array_module(self.arrays).arange(self.length, self.length + count)
+
+    def append(self, layer, key, value):
+        """Write one layer's new keys and values, [B, S, K, C]; return what their queries may see.
+
+        That is what `attention` takes after the query: keys and values [B, T, K, C] of all
+        positions that are here, no padding mask, and the sliding window.
+        """
+        start = self.length - self.first
+        end = start + key.shape[1]
+        keys, values = self.arrays[layer, :, :, :end]
+        keys[:, start:] = key
+        values[:, start:] = value
+        return keys, values, None, self.window
+
+    def select(self, rows):
+        """Keep the given rows of the batch, [B] int, in that order (beam search)."""
+        taken = self.arrays[:, :, :, : self.length - self.first]
+        taken[...] = taken[:, :, get_array_module(taken).asarray(rows)]
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+
+def forward(weights, config, token_ids, padding_mask=None, cache=None, total=None, rng=None,
+            tap=no_tap):
+    """Compute the hidden states of token ids, all at once or the next ones of a cached sequence.
+
+    Args:
+        weights: the tree of `Phi3Config.build_weights`.
+        config: Phi3Config.
+        token_ids: [B, S], int, on the device of the weights.
+        padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
+        cache: KVCache or None; the S positions come after those that it holds, and into it.
+        total: int, the length of a prompt that comes in several calls, which must all take the same
+            su factors; None: it ends here.
+        rng: see `dropout`.
+        tap: called with "token_embedding", "transformer_layer_0" and so on, what is inside of each
+            layer (see `LAYER_TAPS`), and "sequence_output_layernorm".
+
+    Returns:
+        [B, S, D], in the compute dtype.
+
+    Source: https://arxiv.org/abs/2404.14219; KerasHub's `Phi3Backbone`.
+    """
+    S = token_ids.shape[1]
+    positions = get_array_module(token_ids).arange(S) if cache is None else cache.begin(S)
+    length = S if cache is None else cache.length + S
+    rotary = config.rotary(positions, config.uses_long_factors(total or length))
+    x = tap("token_embedding", token_embedding(weights, config, token_ids))  # [B, S, D]
+    for i, layer in enumerate(weights["transformer_layers"]):
+        layer = {name: cast(weight, config) for name, weight in layer.items()}
+        layer_tap = prefixed(tap, f"transformer_layer_{i}")
+        x = decoder_layer(x, layer, config, rotary, padding_mask, cache, i, rng, layer_tap)
+        x = tap(f"transformer_layer_{i}", x)
+    if cache is not None:
+        cache.length = length
+    _, rms_norm, _ = functions_for(config)
+    scale = cast(weights["sequence_output_layernorm"], config)
+    return tap("sequence_output_layernorm", rms_norm(x, scale, config.layer_norm_epsilon))
+
+
+def token_embedding(weights, config, token_ids):
+    """Return the vectors [B, S, D] of token ids [B, S]."""
+    return cast(weights["token_embedding"][token_ids], config)
+
+
+def reverse_embedding(weights, config, hidden_states):
+    """Return the logits [B, S, V] of hidden states [B, S, D]: each token's, to come next."""
+    linear, _, _ = functions_for(config)
+    return linear(hidden_states, cast(weights["reverse_embedding"], config))
+
+
+def cast(weight, config):
+    """Return `weight` in the compute dtype: a copy in the mixed policies only."""
+    return weight.astype(config.compute_dtype, copy=False)
+
+
+# ---- The same, faster ----------------------------------------------------------------------------
+
+
+MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding step's
+
+
+def has_kernel(x):
+    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, but not the oracle's."""
+    return get_array_module(x) is not np and x.dtype != np.float64
+
+
+def linear(x, weight):
+    """Compute `textbook_linear` as fast as the hardware and its libraries multiply.
+
+    (The rows of `weight` are outputs because Hugging Face's files hold it so; for one position,
+    which is decoding, either layout streams through memory equally fast.)
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [n, in]
+    narrow, few = x.dtype.itemsize == 2, len(rows) < 128
+    if has_kernel(x) and len(rows) <= MOST_ROWS_OF_KERNEL:
+        import kernels_cuda
+
+        product = kernels_cuda.linear(rows, weight)
+    elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
+        product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
+    else:
+        # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
+        # upcast at once; for few rows so small a piece that it stays in cache (3 times faster).
+        # 2 to 127 rows: BLAS is up to 1.8 times faster if a piece comes first, (W x^T)^T.
+        rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
+        size = 128 if few and narrow else 512
+        for start in range(0, len(weight), size):
+            piece = upcast(weight[start : start + size])
+            product[:, start : start + size] = (piece @ rows.T).T if few else rows @ piece.T
+    return product.reshape(*x.shape[:-1], len(weight))
+
+
+def rms_norm(x, scale, epsilon):
+    """Compute `textbook_rms_norm`, on a GPU in one pass over memory."""
+    check_rms_norm(x, scale)
+    if has_kernel(x):
+        import kernels_cuda
+
+        return kernels_cuda.rms_norm(x, scale, epsilon)
+    return textbook_rms_norm(x, scale, epsilon)
+
+
+def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
+    """Compute `textbook_attention` without ever holding the score matrix, unless a tap asks for it.
 
     Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
     time: memory grows with T, not with S x T, and about half of the products are never computed.
     Inside a block everything is float32 (float64 for the oracle), rounded once at the end.
-
-    Args:
-        query: [B, S, H, C]; the queries are the last S of the T positions.
-        key: [B, T, K, C]; query head h reads key/value head h // G.
-        value: [B, T, K, C].
-        padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
-        sliding_window: int or None; see `visible_keys`.
-
-    Returns:
-        [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
 
     Raises:
         ValueError: the shapes do not fit together.
 
     Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea.
     """
-    require(query.ndim == key.ndim == 4 and key.shape == value.shape
-            and query.shape[::3] == key.shape[::3]  # B and C
-            and query.shape[1] <= key.shape[1]
-            and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0
-            and (padding_mask is None or padding_mask.shape == key.shape[:2]),
-            "`query` must be [B, S, H, C], `key` and `value` [B, T, K, C], `padding_mask` [B, T], "
-            "with S <= T, and K must divide H. Received: "
-            f"{[None if x is None else x.shape for x in (query, key, value, padding_mask)]}")
-    require_int("sliding_window", sliding_window, optional=True)
+    check_attention(query, key, value, padding_mask, sliding_window)
+    if tap is not no_tap:
+        return textbook_attention(query, key, value, padding_mask, sliding_window, tap)
     if has_kernel(query):
         import kernels_cuda
 
@@ -426,128 +703,254 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
             context[b, start:stop, shared] = means.transpose(2, 0, 1, 3)
     return context.reshape(B, S, H, C)
 
+# ==== Here the story ends. What follows connects it with the world. ===============================
 
-def silu(x):
-    """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
-    wide_x, xp = upcast(x), get_array_module(x)
-    y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
-    with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
-        xp.exp(y, out=y)
-    y += 1
-    return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
+# ---- Names and layouts ---------------------------------------------------------------------------
 
 
-def dropout(x, rate, rng):
-    """Zero each element with probability `rate` and divide the others by `1 - rate`; any shape."""
-    if rate == 0:
-        return x
-    keep = rng.random(x.shape, dtype=np.float32) >= rate
-    return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
+def keras_variables(weights, config):
+    """Yield (path in Keras's HDF5 file, view of that shape) in the order of `get_weights()`.
 
-
-def decoder_layer(x, pre_attention_layernorm, qkv, attention_output, post_attention_layernorm,
-                  feedforward_gate_intermediate, feedforward_output, *,
-                  num_key_value_heads, head_dim, rotary, norm, attend, drop, tap):
-    """One transformer layer: attention, then a gated feed-forward network, each on a residual.
+    The views share memory with `weights`: reading them converts to Keras's layout, writing to
+    them converts from it.
 
     Args:
-        x: [B, S, D].
-        pre_attention_layernorm: [D].
-        qkv: [(H + 2K)C, D], the query, key and value weights as one product.
-        attention_output: [D, HC].
-        post_attention_layernorm: [D].
-        feedforward_gate_intermediate: [2F, D], the gate's and the intermediate weights as one.
-        feedforward_output: [D, F].
-        num_key_value_heads: int, K.
-        head_dim: int, C.
-        rotary: (cos, sin) of the S positions; see `rotary_tables`.
-        norm: function (x, scale) -> like x, RMSNorm.
-        attend: function (query, rotated key, value) -> context [B, S, H, C], which may put keys
-            and values into a cache.
-        drop: function that applies dropout.
-        tap: see `Phi3Backbone.__call__`.
-
-    Returns:
-        [B, S, D].
-
-    Source: KerasHub's `Phi3Decoder`.
+        weights: a tree as `Phi3Config.build_weights` makes it.
+        config: the Phi3Config whose tree it is.
     """
-    B, S, _ = x.shape
-    K = num_key_value_heads
-
-    normed = tap("pre_attention_layernorm", norm(x, pre_attention_layernorm))
-    all_heads = linear(normed, qkv)  # [B, S, (H + 2K)C]
-    all_heads = all_heads.reshape(B, S, len(qkv) // head_dim, head_dim)  # [B, S, H + 2K, C]
-    query = tap("attention.query", all_heads[:, :, : -2 * K])
-    key = tap("attention.key", all_heads[:, :, -2 * K : -K])
-    value = tap("attention.value", all_heads[:, :, -K:])
-    query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
-    key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
-    context = tap("attention.context", attend(query, key, value))  # [B, S, H, C]
-    output = linear(drop(context).reshape(B, S, attention_output.shape[1]), attention_output)
-    x = tap("attention_residual", x + drop(tap("attention_output", output)))
-
-    normed = tap("post_attention_layernorm", norm(x, post_attention_layernorm))
-    gate_intermediate = linear(normed, feedforward_gate_intermediate)  # [B, S, 2F]
-    F = gate_intermediate.shape[-1] // 2
-    gate = tap("feedforward_gate", gate_intermediate[..., :F])
-    intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
-    gated = silu(gate)
-    gated *= intermediate  # in place: the array is silu's own
-    output = linear(gated, feedforward_output)
-    return x + drop(tap("feedforward_output", output))
+    D, C = config.hidden_dim, config.head_dim
+    H, K = config.num_query_heads, config.num_key_value_heads
+    yield "layers/reversible_embedding/vars/0", weights["token_embedding"]  # [V, D]
+    yield "layers/reversible_embedding/vars/1", weights["reverse_embedding"].T  # [D, V]
+    for i, layer in enumerate(weights["transformer_layers"]):
+        path = f"layers/phi3_decoder_{i}" if i else "layers/phi3_decoder"
+        qkv = layer["qkv"].reshape(H + 2 * K, C, D).transpose(2, 0, 1)  # [D, H + 2K, C]
+        output = layer["attention_output"].reshape(D, H, C).transpose(1, 2, 0)  # [H, C, D]
+        gate, intermediate = layer["feedforward_gate_intermediate"].reshape(2, -1, D)  # [F, D]
+        yield f"{path}/pre_attention_layernorm/vars/0", layer["pre_attention_layernorm"]
+        yield f"{path}/attention/query_dense/vars/0", qkv[:, :H]
+        yield f"{path}/attention/key_dense/vars/0", qkv[:, H : H + K]
+        yield f"{path}/attention/value_dense/vars/0", qkv[:, H + K :]
+        yield f"{path}/attention/output_dense/vars/0", output
+        yield f"{path}/post_attention_layernorm/vars/0", layer["post_attention_layernorm"]
+        yield f"{path}/feedforward_intermediate_dense/vars/0", intermediate.T
+        yield f"{path}/feedforward_gate_dense/vars/0", gate.T
+        yield f"{path}/feedforward_output_dense/vars/0", layer["feedforward_output"].T
+    yield "layers/phi3_layer_norm/vars/0", weights["sequence_output_layernorm"]
 
 
-# ---- The KV cache --------------------------------------------------------------------------------
+HUGGINGFACE_NAMES = {  # of the tree's names; {} is a layer's index
+    "token_embedding": "model.embed_tokens.weight",
+    "pre_attention_layernorm": "model.layers.{}.input_layernorm.weight",
+    "qkv": "model.layers.{}.self_attn.qkv_proj.weight",
+    "attention_output": "model.layers.{}.self_attn.o_proj.weight",
+    "post_attention_layernorm": "model.layers.{}.post_attention_layernorm.weight",
+    "feedforward_gate_intermediate": "model.layers.{}.mlp.gate_up_proj.weight",
+    "feedforward_output": "model.layers.{}.mlp.down_proj.weight",
+    "sequence_output_layernorm": "model.norm.weight",
+    "reverse_embedding": "lm_head.weight",
+}
 
 
-class KVCache:
-    """The rotated keys and the values of all positions so far, so that each is computed once.
+def huggingface_name(name):
+    """Return Hugging Face's name of a weight, for the one that `named_weights` gives."""
+    layer, _, part = name.rpartition(".")
+    return HUGGINGFACE_NAMES[part].format(layer.removeprefix("transformer_layer_"))
 
-    With a sliding window W, the oldest are dropped where room runs out: no later query sees more
-    than the W - 1 positions before it, so that memory stays the same however long the text gets.
+
+def huggingface_tensors(weights, config):
+    """Yield (Hugging Face's name, array) of every weight: their layout is ours.
 
     Args:
-        backbone: the Phi3Backbone that fills it.
-        batch_size: int, B.
-        max_length: int, the number of positions that there is room for.
-        chunk: int or None; with a sliding window, the most positions that come at once.
+        weights: a tree as `Phi3Config.build_weights` makes it.
+        config: the Phi3Config whose tree it is.
     """
+    for name, array in named_weights(weights):
+        if name != "reverse_embedding" or not config.tie_word_embeddings:
+            yield huggingface_name(name), array
 
-    def __init__(self, backbone, batch_size, max_length, chunk=None):
-        self.window = backbone.sliding_window
-        if self.window and chunk:  # room for a second window: positions are moved only rarely
-            max_length = min(max_length, self.window + max(self.window, chunk))
-        heads = backbone.num_key_value_heads, backbone.head_dim
-        shape = backbone.num_layers, 2, batch_size, max_length, *heads
-        size = math.prod(shape) * backbone.compute_dtype.itemsize
-        require_memory(backbone.xp, size, f"a KV cache of {max_length} positions")
-        self.arrays = backbone.xp.zeros(shape, backbone.compute_dtype)  # [layers, 2, B, room, K, C]
-        self.first = 0  # the oldest position that is still here
-        self.length = 0  # positions so far; the backbone advances it after the last layer
-        self.graph, self.graph_for = None, None  # see `Phi3Backbone.replay`
 
-    def make_room(self, count):
-        """Drop the positions that have left the window, if there is no room for `count` more."""
-        stored = self.length - self.first
-        if self.window and stored + count > self.arrays.shape[3]:
-            kept = min(stored, self.window - 1)
-            for layer in self.arrays:
-                layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()  # they may overlap
-            self.first = self.length - kept
+# ---- Checks --------------------------------------------------------------------------------------
 
-    def append(self, layer, key, value):
-        """Write one layer's new keys and values, [B, S, K, C]; return all here, [B, T, K, C]."""
-        start = self.length - self.first
-        end = start + key.shape[1]
-        self.arrays[layer, 0, :, start:end] = key
-        self.arrays[layer, 1, :, start:end] = value
-        return self.arrays[layer, 0, :, :end], self.arrays[layer, 1, :, :end]
 
-    def select(self, rows):
-        """Keep the given rows of the batch, [B] int, in that order (beam search)."""
-        taken = self.arrays[:, :, :, : self.length - self.first]
-        taken[...] = taken[:, :, get_array_module(taken).asarray(rows)]
+def require(condition, message):
+    """Raise ValueError with `message`, cut off where it gets long, unless `condition` holds."""
+    if not condition:
+        raise ValueError(message if len(message) < 1000 else message[:1000] + " …")
+
+
+def require_int(name, value, low=1, optional=False):
+    """Raise ValueError unless the argument `name` is an integer of 64 bits and at least `low`."""
+    require((optional and value is None) or (is_int(value) and low <= value < 2**63),
+            f"`{name}` must be {'None or ' * optional}an integer in [{low}, 2^63). "
+            f"Received: {value!r}")
+
+
+def require_bool(name, value):
+    """Raise ValueError unless the argument `name` is True or False."""
+    require(isinstance(value, bool), f"`{name}` must be True or False. Received: {value!r}")
+
+
+def is_int(value):
+    """Say whether `value` is an integer; a bool is not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value):
+    """Say whether `value` is a number that float32 can hold; a bool is not."""
+    number = is_int(value) or isinstance(value, (float, np.floating))
+    return number and abs(value) <= float(np.finfo(np.float32).max)  # NaN is not
+
+
+def check_config(config):
+    """Raise ValueError unless a `Phi3Config` is possible; the message names what is wrong."""
+    for name in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim",
+                 "num_query_heads", "num_key_value_heads", "max_sequence_length",
+                 "pretraining_sequence_length"):
+        require_int(name, getattr(config, name))
+    for name in ("head_dim", "sliding_window"):
+        require_int(name, getattr(config, name), optional=True)
+    for name in ("fused", "tie_word_embeddings"):
+        require_bool(name, getattr(config, name))
+    for name, valid, interval in (
+        ("layer_norm_epsilon", lambda value: value >= 0, "[0, inf)"),
+        ("dropout", lambda value: 0 <= value < 1, "[0, 1)"),
+        ("rope_max_wavelength", lambda value: value >= 1, "[1, inf)"),
+        ("partial_rotary_factor", lambda value: 0 < value <= 1, "(0, 1]"),
+        ("rope_attention_factor", lambda value: value > 0, "(0, inf)"),
+    ):
+        value = getattr(config, name)
+        optional = name == "rope_attention_factor"
+        require((optional and value is None) or (is_number(value) and valid(value)),
+                f"`{name}` must be a number in {interval}. Received: {value!r}")
+    D, H, K = config.hidden_dim, config.num_query_heads, config.num_key_value_heads
+    require(H % K == 0, f"`num_key_value_heads` ({K}) must divide `num_query_heads` ({H}).")
+    require(config.head_dim or D % H == 0,
+            f"`num_query_heads` ({H}) must divide `hidden_dim` ({D}).")
+    C = config.head_dim or D // H
+    R = int(C * config.partial_rotary_factor)
+    require(R > 0 and R % 2 == 0,
+            "RoPE rotates pairs: `head_dim` times `partial_rotary_factor` must be even. "
+            f"Received: {C} and {config.partial_rotary_factor}")
+    require(config.rope_scaling_type in (None, "su"),
+            f'`rope_scaling_type` must be None or "su". Received: {config.rope_scaling_type!r}')
+    if config.rope_scaling_type == "su":
+        require_int("pretraining_sequence_length", config.pretraining_sequence_length, low=2)
+        for name in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
+            factors = getattr(config, name)
+            require(isinstance(factors, (list, tuple)) and len(factors) == R // 2
+                    and all(is_number(factor) and np.float32(factor) > 0 for factor in factors),
+                    f"`{name}` must be a list of {R // 2} positive numbers, one for each pair that "
+                    f"RoPE rotates. Received: {factors!r}")
+    require(isinstance(config.dtype, str) and config.dtype in DTYPE_POLICIES,
+            f"`dtype` must be one of {list(DTYPE_POLICIES)}. Received: {config.dtype!r}")
+    layers = config.num_layers * (4 * H * C + 3 * config.intermediate_dim + 2)
+    require(D * (2 * config.vocabulary_size + layers) < 2**60,
+            "No memory holds a model of this size.")
+
+
+def check_rms_norm(x, scale):
+    """Raise ValueError unless `rms_norm`'s arrays fit together."""
+    require(scale.shape == x.shape[-1:],
+            f"`scale` must be [D] for `x` [..., D]. Received: {scale.shape} and {x.shape}")
+
+
+def check_attention(query, key, value, padding_mask, sliding_window):
+    """Raise ValueError unless `attention`'s arguments fit together."""
+    require(query.ndim == key.ndim == 4 and key.shape == value.shape
+            and query.shape[::3] == key.shape[::3]  # B and C
+            and query.shape[1] <= key.shape[1]
+            and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0
+            and (padding_mask is None or padding_mask.shape == key.shape[:2]),
+            "`query` must be [B, S, H, C], `key` and `value` [B, T, K, C], `padding_mask` [B, T], "
+            "with S <= T, and K must divide H. Received: "
+            f"{[None if x is None else x.shape for x in (query, key, value, padding_mask)]}")
+    require_int("sliding_window", sliding_window, optional=True)
+
+
+def check_inputs(inputs, vocabulary_size):
+    """Return a model's inputs as host arrays: token ids [B, S], int64, and padding mask, bool."""
+    require(isinstance(inputs, dict) and "token_ids" in inputs,
+            f'inputs must be a dict with "token_ids". Received: {inputs!r}')
+    try:
+        token_ids, padding_mask = to_numpy(inputs["token_ids"]), inputs.get("padding_mask")
+        ones = np.ones(token_ids.shape)
+        padding_mask = ones if padding_mask is None else to_numpy(padding_mask)
+    except ValueError as error:  # rows of unequal length
+        raise ValueError(f"`token_ids` and `padding_mask` must be arrays: {error}") from error
+    require(token_ids.ndim == 2 and np.issubdtype(token_ids.dtype, np.integer),
+            "`token_ids` must be integers of shape [B, S]. "
+            f"Received: {token_ids.dtype} of shape {token_ids.shape}")
+    require(((token_ids >= 0) & (token_ids < vocabulary_size)).all(),
+            f"`token_ids` must be in [0, {vocabulary_size}). "
+            f"Received: {token_ids.min(initial=0)} to {token_ids.max(initial=0)}")
+    require(padding_mask.shape == token_ids.shape and padding_mask.dtype.kind in "biuf"
+            and np.isin(padding_mask, (0, 1)).all(),
+            f"`padding_mask` must be 0 or 1, of token_ids' shape {token_ids.shape}. "
+            f"Received: {padding_mask!r}, shape {padding_mask.shape}")
+    return token_ids.astype(np.int64), padding_mask.astype(bool)
+
+
+def check_tap(tap):
+    """Return what the story takes as `tap` for what its users give: a function, or None."""
+    if tap is None:
+        return no_tap
+
+    def checked(name, array):
+        array = tap(name, array)
+        require(array is not None,
+                f"The tap returned None for {name!r}: it must return the array to go on with.")
+        return array
+
+    return checked
+
+
+def warn_of_length(config, start, end):
+    """Warn once, when the positions [start, end) leave those that the model is made for."""
+    if start <= config.max_sequence_length < end:
+        warnings.warn(f"The sequence outgrows max_sequence_length={config.max_sequence_length}.",
+                      stacklevel=3)
+
+
+def to_numpy(array):
+    """Return `array` in the host's memory, as a NumPy array."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def load_backend(backend):
+    """Return the module that a backend's name, "numpy" or "cupy", stands for."""
+    if backend == "numpy":
+        return np
+    require(backend == "cupy", f'`backend` must be "numpy" or "cupy". Received: {backend!r}')
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise ImportError('backend="cupy" needs CuPy: pip install cupy-cuda13x') from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(f'backend="cupy" needs an NVIDIA GPU and its driver: {error}') from error
+    return cupy
+
+
+def memory_for(what, xp):
+    """Return a context in which a GPU's running out of memory says for what, and what is free."""
+    if xp is np:
+        return contextlib.nullcontext()
+    import kernels_cuda
+
+    return kernels_cuda.memory_for(what)
+
+
+def dtype_policy_name(dtype):
+    """Return the name of a dtype policy given as a name, a dtype, or Keras's object or config."""
+    name = "float32" if dtype is None else getattr(dtype, "name", dtype)
+    if isinstance(name, dict):
+        name = (name.get("config") or {}).get("name")
+    elif not isinstance(name, str):
+        with contextlib.suppress(TypeError):
+            name = np.dtype(name).name
+    return name if isinstance(name, str) else dtype
 
 
 # ---- The backbone --------------------------------------------------------------------------------
@@ -565,41 +968,25 @@ class Backbone:
 class Phi3Backbone(Backbone):
     """Phi-3 without its output projection: token ids to hidden states.
 
+    The sizes and settings are `Phi3Config`'s, each of which is an attribute here, too.
+
     Args:
-        vocabulary_size: int, V.
-        num_layers: int.
-        hidden_dim: int, D.
-        intermediate_dim: int, F.
-        num_query_heads: int, H.
-        num_key_value_heads: int, K; divides H.
-        layer_norm_epsilon: float.
-        dropout: float in [0, 1), applied where `training=True` only.
-        max_sequence_length: int, the positions that the model is made for.
-        pretraining_sequence_length: int, the positions that it was pretrained with; longer
-            sequences use su scaling's long factors.
-        rope_max_wavelength: float.
-        rope_scaling_type: None or "su".
-        rope_scaling_short_factor: R / 2 floats, for "su".
-        rope_scaling_long_factor: R / 2 floats, for "su".
+        vocabulary_size, …, rope_scaling_long_factor: see `Phi3Config`.
         dtype: a key of `DTYPE_POLICIES`, a dtype, or Keras's policy; None is "float32".
         name: str.
         trainable: bool, kept for Keras's sake.
         backend: "numpy" or "cupy", where the weights live and the model computes.
         seed: int or None, for random weights and dropout.
-        fused: bool; False runs RMSNorm and attention as the textbook functions, score matrix and
-            all, and not their CUDA kernels.
-        head_dim: int, C, where it is not D // H.
-        partial_rotary_factor: float in (0, 1], the share of C that RoPE rotates.
-        sliding_window: int or None; see `visible_keys`.
-        tie_word_embeddings: bool; True: the output projection is the token embedding.
-        rope_attention_factor: float or None, su scaling's magnitude where a config states it.
+        weights: a tree as `Phi3Config.build_weights` makes it, to be used as it is; None draws
+            random weights.
+        fused, …, rope_attention_factor: see `Phi3Config`.
 
     Raises:
+        MemoryError: there is less memory than the weights need.
         TypeError: an argument is unknown.
         ValueError: an argument's value is impossible.
 
-    Source: https://arxiv.org/abs/2404.14219; KerasHub's `Phi3Backbone`. The last five arguments are
-    for Hugging Face checkpoints that KerasHub cannot express.
+    Source: https://arxiv.org/abs/2404.14219; KerasHub's `Phi3Backbone`.
     """
 
     presets = {  # the built-in names, and where they are
@@ -615,69 +1002,34 @@ class Phi3Backbone(Backbone):
         num_key_value_heads, layer_norm_epsilon=1e-6, dropout=0.0, max_sequence_length=4096,
         pretraining_sequence_length=4096, rope_max_wavelength=10000, rope_scaling_type=None,
         rope_scaling_short_factor=None, rope_scaling_long_factor=None, dtype=None, *,
-        name="phi3_backbone", trainable=True, backend="numpy", seed=None, fused=True,
+        name="phi3_backbone", trainable=True, backend="numpy", seed=None, weights=None, fused=True,
         head_dim=None, partial_rotary_factor=1.0, sliding_window=None, tie_word_embeddings=False,
         rope_attention_factor=None,
     ):
-        arguments = dict(locals())
-        del arguments["self"]
-        for name, value in arguments.items():  # each becomes an attribute of its name
-            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
-        for name in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim",
-                     "num_query_heads", "num_key_value_heads", "max_sequence_length",
-                     "pretraining_sequence_length"):
-            require_int(name, getattr(self, name))
-        for name in ("head_dim", "sliding_window"):
-            require_int(name, getattr(self, name), optional=True)
+        require_bool("trainable", trainable)
         require_int("seed", seed, low=0, optional=True)
-        for name in ("trainable", "fused", "tie_word_embeddings"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"`{name}` must be True or False. Received: {value!r}")
-        for name, valid, interval in (
-            ("layer_norm_epsilon", lambda value: value >= 0, "[0, inf)"),
-            ("dropout", lambda value: 0 <= value < 1, "[0, 1)"),
-            ("rope_max_wavelength", lambda value: value >= 1, "[1, inf)"),
-            ("partial_rotary_factor", lambda value: 0 < value <= 1, "(0, 1]"),
-            ("rope_attention_factor", lambda value: value > 0, "(0, inf)"),
-        ):
-            value = getattr(self, name)
-            optional = name == "rope_attention_factor"
-            require((optional and value is None) or (is_number(value) and valid(value)),
-                    f"`{name}` must be a number in {interval}. Received: {value!r}")
-        require(num_query_heads % num_key_value_heads == 0,
-                f"`num_key_value_heads` ({num_key_value_heads}) must divide "
-                f"`num_query_heads` ({num_query_heads}).")
-        require(head_dim or hidden_dim % num_query_heads == 0,
-                f"`num_query_heads` ({num_query_heads}) must divide `hidden_dim` ({hidden_dim}).")
-        self.head_dim = self.head_dim or self.hidden_dim // self.num_query_heads
-        self.rotary_dim = int(self.head_dim * self.partial_rotary_factor)
-        require(self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
-                "RoPE rotates pairs: `head_dim` times `partial_rotary_factor` must be even. "
-                f"Received: {self.head_dim} and {partial_rotary_factor}")
-        require(rope_scaling_type in (None, "su"),
-                f'`rope_scaling_type` must be None or "su". Received: {rope_scaling_type!r}')
-        if rope_scaling_type == "su":
-            require_int("pretraining_sequence_length", pretraining_sequence_length, low=2)
-            for name in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
-                factors = getattr(self, name)
-                require(isinstance(factors, (list, tuple)) and len(factors) == self.rotary_dim // 2
-                        and all(is_number(factor) and np.float32(factor) > 0 for factor in factors),
-                        f"`{name}` must be a list of {self.rotary_dim // 2} positive numbers, one "
-                        f"for each pair that RoPE rotates. Received: {factors!r}")
-        require(self.count_params() < 2**60, "No memory holds a model of this size.")
-        self.dtype_policy = dtype_policy_name(dtype)
-        self.weight_dtype, self.compute_dtype = map(np.dtype, DTYPE_POLICIES[self.dtype_policy])
-        self.xp = load_backend(backend)
-        self.weight_seed, dropout_seed = np.random.SeedSequence(seed).generate_state(2)
-        self.dropout_rng = self.xp.random.default_rng(int(dropout_seed))
-        # What su scaling divides the frequencies by, [2, R / 2]: short and long factors.
-        factors = [[1.0], [1.0]]
-        if rope_scaling_type == "su":
-            factors = [rope_scaling_short_factor, rope_scaling_long_factor]
-        wide = np.float64 if self.compute_dtype == np.float64 else np.float32
-        self.rope_factors = self.xp.asarray(factors, wide)
+        self.name, self.trainable, self.seed = name, trainable, seed
+        self.config = Phi3Config(
+            vocabulary_size, num_layers, hidden_dim, intermediate_dim, num_query_heads,
+            num_key_value_heads, layer_norm_epsilon, dropout, max_sequence_length,
+            pretraining_sequence_length, rope_max_wavelength, rope_scaling_type,
+            rope_scaling_short_factor, rope_scaling_long_factor, dtype_policy_name(dtype),
+            fused=fused, head_dim=head_dim, partial_rotary_factor=partial_rotary_factor,
+            sliding_window=sliding_window, tie_word_embeddings=tie_word_embeddings,
+            rope_attention_factor=rope_attention_factor,
+        )
+        self.dtype_policy, self.xp = self.config.dtype, load_backend(backend)
+        weight_seed, dropout_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+        self.dropout_rng = self.xp.random.default_rng(dropout_seed)
+        if weights is None:
+            with self.memory_for_weights():
+                weights = random_weights(self.config, weight_seed, self.xp)
+        self.weights = weights
 
-    # The model itself.
+    def __getattr__(self, name):  # what is no attribute of its own: as `backbone.hidden_dim`
+        if name == "config":  # of an instance that is being copied, say, and has none yet
+            raise AttributeError(name)
+        return getattr(self.config, name)
 
     def __call__(self, inputs, training=False, tap=None):
         """Compute the hidden states of a batch of sequences.
@@ -696,109 +1048,11 @@ class Phi3Backbone(Backbone):
         Raises:
             ValueError: an input has the wrong shape, dtype or range.
         """
-        token_ids, padding_mask = self.check_inputs(inputs)
+        token_ids, padding_mask = check_inputs(inputs, self.vocabulary_size)
+        warn_of_length(self.config, 0, token_ids.shape[1])
         mask = None if padding_mask.all() else self.xp.asarray(padding_mask)
-        return self.forward(self.xp.asarray(token_ids), mask, training=training, tap=tap)
-
-    def forward(
-        self, token_ids, padding_mask=None, cache=None, training=False, tap=None, total=None
-    ):
-        """Like `__call__`, on checked arrays; with a `KVCache`, on the S positions after.
-
-        `total` is the length of a prompt that comes in several calls, which must all take the same
-        su factors; None: it ends here.
-        """
-        start = 0 if cache is None else cache.length
-        end = start + token_ids.shape[1]  # [start, end) are the S positions
-        if start <= self.max_sequence_length < end:
-            warnings.warn(
-                f"The sequence outgrows max_sequence_length={self.max_sequence_length}.",
-                stacklevel=3,
-            )
-        long = self.uses_long_factors(total or end)
-        tap = no_tap if tap is None else tap  # an empty Trace is false
-        if cache is not None:
-            cache.make_room(end - start)
-        by_graph = (cache is not None and has_kernel(cache.arrays) and self.fused
-                    and token_ids.shape[1] == 1 and token_ids.size <= MOST_ROWS_OF_KERNEL
-                    and padding_mask is None and not training and tap is no_tap)
-        if by_graph:
-            hidden_states = self.replay(token_ids, cache, long)
-        else:
-            rotary = self.rotary_of(self.xp.arange(start, end), long)
-            attend = functools.partial(self.attend, cache, padding_mask)
-            hidden_states = self.run_layers(token_ids, rotary, attend, training, tap)
-        if cache is not None:
-            cache.length = end
-        return hidden_states
-
-    def run_layers(self, token_ids, rotary, attend, training=False, tap=no_tap):
-        """Compute everything between token ids and hidden states.
-
-        `attend` is a function (layer's index, its tap, query, rotated key, value) -> context.
-        """
-        rate = self.dropout if training else 0.0
-        drop = functools.partial(dropout, rate=rate, rng=self.dropout_rng)
-        norm = functools.partial(
-            rms_norm if self.fused else textbook_rms_norm, epsilon=self.layer_norm_epsilon
-        )
-        x = tap("token_embedding", self.token_embedding(token_ids))  # [B, S, D]
-        for i, weights in enumerate(self.weights["transformer_layers"]):
-            layer_tap = prefixed(tap, f"transformer_layer_{i}")
-            x = decoder_layer(
-                x, **{name: self.autocast(weight) for name, weight in weights.items()},
-                num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim,
-                rotary=rotary, norm=norm, drop=drop, tap=layer_tap,
-                attend=functools.partial(attend, i, layer_tap),
-            )
-            x = tap(f"transformer_layer_{i}", x)
-        scale = self.autocast(self.weights["sequence_output_layernorm"])
-        return tap("sequence_output_layernorm", norm(x, scale))
-
-    def attend(self, cache, padding_mask, layer, tap, query, key, value):
-        """Attend to the new keys and values [B, S, K, C] and, with a cache, to those before."""
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        if self.fused and tap is no_tap:
-            return attention(query, key, value, padding_mask, self.sliding_window)
-        tap = prefixed(tap, "attention")
-        return textbook_attention(query, key, value, padding_mask, self.sliding_window, tap)
-
-    def replay(self, token_ids, cache, long):
-        """Like `forward`, for one more position of a `KVCache` on a GPU: by a CUDA graph.
-
-        A step of decoding is a thousand small kernels, and Python takes longer to launch them than
-        the GPU to run them. Recorded once, they are launched as one. But a record is fixed, numbers
-        and addresses: so the token ids and their slot in the cache are arrays, and attention goes
-        over `room` slots, more than are taken, with a mask. When all are, it is recorded anew.
-        The next call writes its result into the same array.
-        """
-        slot = cache.length - cache.first
-        room = min((slot // 1024 + 1) * 1024, cache.arrays.shape[3])
-        if cache.graph_for != (room, cache.first, long):
-            import kernels_cuda
-
-            xp, ids, slots = self.xp, token_ids.copy(), self.xp.full(1, slot)
-
-            def step():
-                rotary = self.rotary_of(slots + cache.first, long)
-                visible = visible_keys(slots, xp.arange(room), self.sliding_window)  # [1, room]
-                mask = visible.repeat(len(ids), 0)  # [B, room]
-
-                def attend(layer, tap, query, key, value):
-                    keys, values = cache.arrays[layer, :, :, :room]  # each [B, room, K, C]
-                    keys[:, slots] = key
-                    values[:, slots] = value
-                    return attention(query, keys, values, mask)
-
-                return self.run_layers(ids, rotary, attend)
-
-            cache.graph = kernels_cuda.capture(step), ids, slots
-            cache.graph_for = room, cache.first, long
-        graph, ids, slots = cache.graph
-        ids[...] = token_ids
-        slots[...] = slot
-        return graph()
+        return forward(self.weights, self.config, self.xp.asarray(token_ids), mask,
+                       rng=self.dropout_rng if training else None, tap=check_tap(tap))
 
     def token_embedding(self, inputs, reverse=False):
         """Look up token ids' vectors, or project hidden states onto the vocabulary.
@@ -810,154 +1064,17 @@ class Phi3Backbone(Backbone):
         Returns:
             [B, S, D], or the logits [B, S, V], in the compute dtype.
         """
-        if reverse:
-            return linear(inputs, self.autocast(self.weights["reverse_embedding"]))
-        return self.autocast(self.weights["token_embedding"][inputs])
+        function = reverse_embedding if reverse else token_embedding
+        return function(self.weights, self.config, inputs)
 
-    def autocast(self, weight):
-        """Return `weight` in the compute dtype: a copy in the mixed policies only."""
-        return weight.astype(self.compute_dtype, copy=False)
-
-    def uses_long_factors(self, length):
-        """Say whether a sequence of `length` positions takes su scaling's long factors."""
-        return self.rope_scaling_type == "su" and length > self.pretraining_sequence_length
-
-    def rotary_of(self, positions, long):
-        """Return (cos, sin) of `positions` [S], int, each [S, 1, R / 2], in the compute dtype.
-
-        `long` says whether su scaling takes its long factors.
-        """
-        magnitude = 1.0
-        if self.rope_scaling_type == "su":
-            stretch = self.max_sequence_length / self.pretraining_sequence_length
-            magnitude = self.rope_attention_factor or su_magnitude(
-                stretch, self.pretraining_sequence_length
-            )
-        tables = rotary_tables(positions.astype(self.rope_factors.dtype), self.rotary_dim,
-                               self.rope_max_wavelength, self.rope_factors[int(long)], magnitude)
-        return [table.astype(self.compute_dtype, copy=False) for table in tables]
-
-    def check_inputs(self, inputs):
-        """Return `inputs`' token ids and padding mask as host arrays [B, S], int64 and bool."""
-        require(isinstance(inputs, dict) and "token_ids" in inputs,
-                f'inputs must be a dict with "token_ids". Received: {inputs!r}')
-        try:
-            token_ids, padding_mask = to_numpy(inputs["token_ids"]), inputs.get("padding_mask")
-            ones = np.ones(token_ids.shape)
-            padding_mask = ones if padding_mask is None else to_numpy(padding_mask)
-        except ValueError as error:  # rows of unequal length
-            raise ValueError(f"`token_ids` and `padding_mask` must be arrays: {error}") from error
-        require(token_ids.ndim == 2 and np.issubdtype(token_ids.dtype, np.integer),
-                "`token_ids` must be integers of shape [B, S]. "
-                f"Received: {token_ids.dtype} of shape {token_ids.shape}")
-        require(((token_ids >= 0) & (token_ids < self.vocabulary_size)).all(),
-                f"`token_ids` must be in [0, {self.vocabulary_size}). "
-                f"Received: {token_ids.min(initial=0)} to {token_ids.max(initial=0)}")
-        require(padding_mask.shape == token_ids.shape and padding_mask.dtype.kind in "biuf"
-                and np.isin(padding_mask, (0, 1)).all(),
-                f"`padding_mask` must be 0 or 1, of token_ids' shape {token_ids.shape}. "
-                f"Received: {padding_mask!r}, shape {padding_mask.shape}")
-        return token_ids.astype(np.int64), padding_mask.astype(bool)
-
-    # The weights.
-
-    @functools.cached_property
-    def weights(self):
-        """A nested dict of arrays; if nothing was loaded, random ones are drawn at first use."""
-        rng = np.random.default_rng(self.weight_seed)  # the same in every thread that comes first
-
-        def draw(shape, stddev):
-            if stddev is None:
-                return self.xp.ones(shape, self.weight_dtype)
-            normal = rng.standard_normal(shape, np.float32) * np.float32(stddev)
-            return self.xp.asarray(normal.astype(self.weight_dtype, copy=False))
-
-        self.require_memory_for_weights()
-        return self.build_weights(draw)
-
-    def build_weights(self, make):
-        """Return the weights' nested dict with every array made by `make(shape, stddev)`.
-
-        `stddev` is that of KerasHub's random initializer; None stands for ones.
-        """
-        V, D, F = self.vocabulary_size, self.hidden_dim, self.intermediate_dim
-        H, K, C = self.num_query_heads, self.num_key_value_heads, self.head_dim
-        embedding = make((V, D), 0.01)
-        return {
-            "token_embedding": embedding,
-            "transformer_layers": [
-                {
-                    "pre_attention_layernorm": make((D,), None),
-                    "qkv": make(((H + 2 * K) * C, D), 0.02),
-                    "attention_output": make((D, H * C), 0.02),
-                    "post_attention_layernorm": make((D,), None),
-                    "feedforward_gate_intermediate": make((2 * F, D), 0.02),
-                    "feedforward_output": make((D, F), 0.02),
-                }
-                for _ in range(self.num_layers)
-            ],
-            "sequence_output_layernorm": make((D,), None),
-            "reverse_embedding": embedding if self.tie_word_embeddings else make((V, D), 0.01),
-        }
-
-    def require_memory_for_weights(self):
-        """Raise MemoryError if the weights are more than the GPU has free."""
-        size = self.count_params() * self.weight_dtype.itemsize
-        require_memory(self.xp, size, f"the weights of {self.name}, {self.dtype_policy}")
-
-    def weight_shapes(self):
-        """Return the weights' nested dict with arrays that have shapes but take no memory."""
-        zero = np.zeros((), self.weight_dtype)
-        return self.build_weights(lambda shape, stddev: np.broadcast_to(zero, shape))
-
-    def empty_weights(self):
-        """Return the weights' nested dict, uninitialized."""
-        self.require_memory_for_weights()
-        return self.build_weights(lambda shape, stddev: self.xp.empty(shape, self.weight_dtype))
-
-    def keras_variables(self, weights):
-        """Yield (path in Keras's HDF5 file, view of that shape) in the order of `get_weights()`.
-
-        The views share memory with `weights`: reading them converts to Keras's layout, writing to
-        them converts from it.
-        """
-        D, H, K, C = self.hidden_dim, self.num_query_heads, self.num_key_value_heads, self.head_dim
-        yield "layers/reversible_embedding/vars/0", weights["token_embedding"]  # [V, D]
-        yield "layers/reversible_embedding/vars/1", weights["reverse_embedding"].T  # [D, V]
-        for i, layer in enumerate(weights["transformer_layers"]):
-            path = f"layers/phi3_decoder_{i}" if i else "layers/phi3_decoder"
-            qkv = layer["qkv"].reshape(H + 2 * K, C, D).transpose(2, 0, 1)  # [D, H + 2K, C]
-            output = layer["attention_output"].reshape(D, H, C).transpose(1, 2, 0)  # [H, C, D]
-            gate, intermediate = layer["feedforward_gate_intermediate"].reshape(2, -1, D)  # [F, D]
-            yield f"{path}/pre_attention_layernorm/vars/0", layer["pre_attention_layernorm"]
-            yield f"{path}/attention/query_dense/vars/0", qkv[:, :H]
-            yield f"{path}/attention/key_dense/vars/0", qkv[:, H : H + K]
-            yield f"{path}/attention/value_dense/vars/0", qkv[:, H + K :]
-            yield f"{path}/attention/output_dense/vars/0", output
-            yield f"{path}/post_attention_layernorm/vars/0", layer["post_attention_layernorm"]
-            yield f"{path}/feedforward_intermediate_dense/vars/0", intermediate.T
-            yield f"{path}/feedforward_gate_dense/vars/0", gate.T
-            yield f"{path}/feedforward_output_dense/vars/0", layer["feedforward_output"].T
-        yield "layers/phi3_layer_norm/vars/0", weights["sequence_output_layernorm"]
-
-    def huggingface_tensors(self, weights):
-        """Yield (Hugging Face's name, array) of every weight: their layout is ours."""
-        yield "model.embed_tokens.weight", weights["token_embedding"]
-        for i, layer in enumerate(weights["transformer_layers"]):
-            path = f"model.layers.{i}"
-            yield f"{path}.input_layernorm.weight", layer["pre_attention_layernorm"]
-            yield f"{path}.self_attn.qkv_proj.weight", layer["qkv"]
-            yield f"{path}.self_attn.o_proj.weight", layer["attention_output"]
-            yield f"{path}.post_attention_layernorm.weight", layer["post_attention_layernorm"]
-            yield f"{path}.mlp.gate_up_proj.weight", layer["feedforward_gate_intermediate"]
-            yield f"{path}.mlp.down_proj.weight", layer["feedforward_output"]
-        yield "model.norm.weight", weights["sequence_output_layernorm"]
-        if not self.tie_word_embeddings:
-            yield "lm_head.weight", weights["reverse_embedding"]
+    def memory_for_weights(self):
+        """Return a context in which the weights' memory is taken; see `memory_for`."""
+        size = self.config.count_params() * self.config.weight_dtype.itemsize
+        return memory_for(f"the {size:,} bytes of the weights, {self.config.dtype}", self.xp)
 
     def get_weights(self):
         """Return copies of the weights, a list of NumPy arrays in KerasHub's order and shapes."""
-        return [np.array(to_numpy(view)) for _, view in self.keras_variables(self.weights)]
+        return [np.array(to_numpy(view)) for _, view in keras_variables(self.weights, self.config)]
 
     def set_weights(self, weights):
         """Replace the weights by a list of arrays like that of `get_weights()`.
@@ -965,8 +1082,10 @@ class Phi3Backbone(Backbone):
         Raises:
             ValueError: the list's length, or the shape or dtype of the array that is named.
         """
-        ours = self.empty_weights()
-        views = list(self.keras_variables(ours))
+        with self.memory_for_weights():
+            ours = self.config.build_weights(
+                lambda name, shape: self.xp.empty(shape, self.config.weight_dtype))
+        views = list(keras_variables(ours, self.config))
         require(len(weights) == len(views),
                 f"`weights` must have {len(views)} arrays. Received: {len(weights)}")
         for (path, view), weight in zip(views, weights, strict=True):
@@ -981,44 +1100,41 @@ class Phi3Backbone(Backbone):
         self.weights = ours
 
     def count_params(self):
-        """Return the number of parameters, an int, even of a model too large for any array."""
-        V, D, F = self.vocabulary_size, self.hidden_dim, self.intermediate_dim
-        H, K, C = self.num_query_heads, self.num_key_value_heads, self.head_dim
-        layer = D * (H + 2 * K) * C + H * C * D + 3 * D * F + 2 * D
-        return (1 if self.tie_word_embeddings else 2) * V * D + self.num_layers * layer + D
+        """Return the number of parameters, an int."""
+        return self.config.count_params()
 
     def summary(self):
         """Print a table of the weights: name, shape, parameters and bytes."""
-        rows = []
-        for name, weight in self.weight_shapes().items():
-            if name == "transformer_layers":
-                for i, layer in enumerate(weight):
-                    rows += [(f"transformer_layer_{i}.{part}", layer[part]) for part in layer]
-            elif name != "reverse_embedding" or not self.tie_word_embeddings:
-                rows.append((name, weight))
-        print(f'Model "{self.name}", {self.dtype_policy} policy')
+        print(f'Model "{self.name}", {self.dtype} policy')
         print(f"{'layer':<50}{'shape [out, in]':>18}{'parameters':>15}{'bytes':>17}")
-        for name, array in rows:
-            print(f"{name:<50}{list(array.shape)!s:>18}{array.size:>15,}{array.nbytes:>17,}")
-        total = self.count_params()
-        print(f"{'total':<68}{total:>15,}{total * self.weight_dtype.itemsize:>17,}")
-
-    # The configuration, and presets (the functions used here stand in the next part).
+        size = self.weight_dtype.itemsize
+        for name, shape in named_weights(self.build_weights(lambda name, shape: shape)):
+            if name != "reverse_embedding" or not self.tie_word_embeddings:
+                count = math.prod(shape)
+                print(f"{name:<50}{list(shape)!s:>18}{count:>15,}{count * size:>17,}")
+        print(f"{'total':<68}{self.count_params():>15,}{self.count_params() * size:>17,}")
 
     def get_config(self):
         """Return the constructor's arguments as a dict in KerasHub's form."""
-        dtype = {"module": "keras", "class_name": "DTypePolicy",
-                 "config": {"name": self.dtype_policy}, "registered_name": None}
+        dtype = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": self.dtype},
+                 "registered_name": None}
         names = ["vocabulary_size", "num_layers", "num_query_heads", "hidden_dim",
                  "intermediate_dim", "num_key_value_heads", "layer_norm_epsilon", "dropout",
                  "max_sequence_length", "pretraining_sequence_length", "rope_max_wavelength",
                  "rope_scaling_type", "rope_scaling_short_factor", "rope_scaling_long_factor"]
         # What KerasHub does not know appears only where it says something.
-        ours = {"head_dim": self.hidden_dim / self.num_query_heads, "partial_rotary_factor": 1,
-                "sliding_window": None, "tie_word_embeddings": False, "rope_attention_factor": None}
-        names += [name for name, default in ours.items() if getattr(self, name) != default]
+        magnitude, pretraining = None, self.pretraining_sequence_length
+        if self.rope_scaling_type == "su":
+            magnitude = su_magnitude(self.max_sequence_length / pretraining, pretraining)
+        implied = {"head_dim": self.hidden_dim / self.num_query_heads, "partial_rotary_factor": 1,
+                   "sliding_window": None, "tie_word_embeddings": False,
+                   "rope_attention_factor": magnitude}
+        names += [name for name, value in implied.items() if getattr(self, name) != value]
         config = {"name": self.name, "trainable": self.trainable, "dtype": dtype}
-        return config | {name: getattr(self, name) for name in names}
+        for name in names:
+            value = getattr(self, name)
+            config[name] = value.item() if isinstance(value, np.generic) else value
+        return config
 
     @classmethod
     def from_config(cls, config):
@@ -1048,13 +1164,15 @@ class Phi3Backbone(Backbone):
                 impossible.
         """
         preset = Preset(preset)
+        nothing_yet = {"weights": {}} if load_weights else {}
         try:
-            backbone = cls(**{**preset.backbone_config(), "dtype": None, **kwargs})
+            backbone = cls(**nothing_yet, **{**preset.backbone_config(), "dtype": None, **kwargs})
         except ValueError as error:
             raise ValueError(f"{preset.name}/config.json, with the arguments given: "
                              f"{str(error)[:500]}") from error
         if load_weights:
-            load_weights_from(preset, backbone)
+            with backbone.memory_for_weights():
+                backbone.weights = read_weights(preset, backbone.config, backbone.xp)
         return backbone
 
     def save_to_preset(self, directory):
@@ -1074,7 +1192,7 @@ class Phi3Backbone(Backbone):
         if config.pop("sliding_window", None):
             warnings.warn("Keras's format knows no sliding window: it is left out.", stacklevel=2)
         with staged(directory) as temporary:
-            save_weights_to(temporary / "model.weights.h5", self)
+            write_weights(temporary / "model.weights.h5", self.weights, self.config)
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
@@ -1187,7 +1305,7 @@ class Preset:
         arguments = self.config.get("config")
         require(isinstance(arguments, dict), "it has no object `config`")
         parameters = inspect.signature(Phi3Backbone).parameters
-        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed"})
+        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed", "weights"})
         require(not unknown, f"unknown arguments {sorted(unknown)}")
         lacking = [name for name, parameter in parameters.items()
                    if parameter.default is parameter.empty and name not in arguments]
@@ -1363,8 +1481,8 @@ def map_tensor(path, start, shape, dtype):
     return np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape))
 
 
-def load_weights_from(preset, backbone):
-    """Read a preset's weights into `backbone`, tensor by tensor; on failure it stays as it was.
+def read_weights(preset, config, xp):
+    """Return a preset's weights as a tree on `xp`, read tensor by tensor.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -1372,9 +1490,9 @@ def load_weights_from(preset, backbone):
     """
     keras = preset.format == "keras"
     open_file = open_hdf5 if keras else open_safetensors
-    named_arrays = backbone.keras_variables if keras else backbone.huggingface_tensors
+    named_arrays = keras_variables if keras else huggingface_tensors
     floats = ("float64", "float32", "float16", "bfloat16")
-    require(not (keras and backbone.tie_word_embeddings), f"{preset.name} is in Keras's format, "
+    require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
             "which holds two embeddings: `tie_word_embeddings` must be False.")
     with contextlib.ExitStack() as stack:
         found, (paths, weight_map) = {}, preset.weight_files()
@@ -1392,9 +1510,11 @@ def load_weights_from(preset, backbone):
                             f"{path} holds {name}, for which the index names {files!r}")
         # Everything is checked before memory is taken.
         where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
-        require(backbone.num_layers <= len(found),
-                f"{where}: {len(found)} tensors cannot be those of {backbone.num_layers} layers")
-        expected = dict(named_arrays(backbone.weight_shapes()))
+        require(config.num_layers <= len(found),
+                f"{where}: {len(found)} tensors cannot be those of {config.num_layers} layers")
+        zero = np.zeros((), config.weight_dtype)  # of any shape, it takes no memory
+        shapes = config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
+        expected = dict(named_arrays(shapes, config))
         for name, array in expected.items():
             require(name in found, f"{where}: there is no tensor {name}")
             path, shape, dtype, _ = found[name]
@@ -1405,31 +1525,27 @@ def load_weights_from(preset, backbone):
             ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
             require(ignored, f"{found[name].path}: unknown tensor {name!r}")
 
-        def read(name):
+        def read(name, array=None):
             try:
-                return backbone.xp.asarray(found[name].read())
+                stored = xp.asarray(found[name].read())
             except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
-
-        def check(name, array):
+            if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
+                array = stored.astype(config.weight_dtype, copy=False)
+            else:
+                array[...] = stored
             require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
                     "has values that are NaN or infinite")
+            return array
 
-        stack.enter_context(np.errstate(over="ignore"))  # `check` says it, and where
+        stack.enter_context(np.errstate(over="ignore"))  # `is_finite` says it, and where
         if keras:
-            weights = backbone.empty_weights()
-            for name, array in progress(backbone.keras_variables(weights), "loading"):
-                array[...] = read(name)
-                check(name, array)
-        else:  # a file's array that is of the right dtype, and not for a GPU, is used as it is
-            backbone.require_memory_for_weights()
-            arrays = []
-            for name, _ in progress(expected.items(), "loading"):
-                arrays.append(read(name).astype(backbone.weight_dtype, copy=False))
-                check(name, arrays[-1])
-            remaining = iter(arrays)
-            weights = backbone.build_weights(lambda shape, stddev: next(remaining))
-    backbone.weights = weights
+            weights = config.build_weights(lambda name, shape: xp.empty(shape, config.weight_dtype))
+            for name, array in progress(keras_variables(weights, config), "loading"):
+                read(name, array)
+            return weights
+        arrays = {name: read(name) for name, _ in progress(expected.items(), "loading")}
+        return config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
 
 
 def is_finite(array):
@@ -1443,13 +1559,13 @@ def is_finite(array):
     return True
 
 
-def save_weights_to(path, backbone):
-    """Write `backbone`'s weights to one HDF5 file as Keras lays it out."""
+def write_weights(path, weights, config):
+    """Write weights to one HDF5 file as Keras lays it out."""
     import h5py
 
     try:
         with h5py.File(path, "w") as file:
-            for name, array in progress(backbone.keras_variables(backbone.weights), "saving"):
+            for name, array in progress(keras_variables(weights, config), "saving"):
                 dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
                 if array.dtype == ml_dtypes.bfloat16:
                     dataset.attrs["dtype"] = "bfloat16"
@@ -2171,12 +2287,8 @@ class Phi3CausalLM:
     def __call__(self, inputs, training=False, tap=None):
         """Return the logits [B, S, V] of a batch; arguments and errors of the backbone's call."""
         hidden_states = self.backbone(inputs, training=training, tap=tap)
-        return self.logits_of(hidden_states, tap)
-
-    def logits_of(self, hidden_states, tap):
-        """Return the logits [B, S, V] of hidden states [B, S, D], tapped as "logits"."""
         logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        return logits if tap is None else tap("logits", logits)
+        return check_tap(tap)("logits", logits)
 
     def generate(
         self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False, tap=None
@@ -2206,7 +2318,7 @@ class Phi3CausalLM:
         """
         ids = isinstance(inputs, dict)
         token_ids, prompt_mask = self.prepare(inputs, max_length)
-        stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
+        stop_token_ids, tap = self.resolve_stop_tokens(stop_token_ids), check_tap(tap)
         if isinstance(self.sampler, BeamSampler):
             token_ids = self.beam_search(token_ids, prompt_mask, stop_token_ids, tap)
         else:
@@ -2243,7 +2355,7 @@ class Phi3CausalLM:
         require(isinstance(prompt, str), f"`prompt` must be a string. Received: {prompt!r}")
         token_ids, prompt_mask = self.prepare(prompt, max_length)
         stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
-        steps = self.steps(token_ids, prompt_mask, stop_token_ids, tap)
+        steps = self.steps(token_ids, prompt_mask, stop_token_ids, check_tap(tap))
         tokens = (int(tokens[0]) for tokens in steps)
         unprinted = {*(stop_token_ids or ()), *self.preprocessor.tokenizer.special_token_ids}
         printed = (token for token in tokens if token not in unprinted)
@@ -2259,7 +2371,7 @@ class Phi3CausalLM:
                     "Strings need a preprocessor, and this model has none: pass a dict.")
             inputs = [inputs] if isinstance(inputs, str) else inputs
             inputs = self.preprocessor.generate_preprocess(inputs, max_length)
-        token_ids, prompt_mask = self.backbone.check_inputs(inputs)
+        token_ids, prompt_mask = check_inputs(inputs, self.backbone.vocabulary_size)
         lengths = prompt_mask.sum(axis=1)
         require(lengths.all() and len(lengths) > 0,
                 f"Every prompt needs at least one token. Received: {lengths.tolist()} tokens.")
@@ -2290,7 +2402,7 @@ class Phi3CausalLM:
                 f"Received: {stop_token_ids!r}")
         return list(stop_token_ids)
 
-    def next_logits(self, token_ids, index, cache, tap=None):
+    def next_logits(self, token_ids, index, cache=None, tap=no_tap):
         """Return the logits [B, V] for position `index`, and the cache of all positions before it.
 
         The prompt is computed in chunks, so that activations take no more memory than one chunk's;
@@ -2301,23 +2413,34 @@ class Phi3CausalLM:
         """
         from tqdm import tqdm
 
-        backbone = self.backbone
-        chunk = 2048 if tap is None else token_ids.shape[1]  # a tap sees the prompt whole
+        weights, config, xp = self.backbone.weights, self.backbone.config, self.backbone.xp
+        warn_of_length(config, 0 if cache is None else cache.length, index)
+        chunk = 2048 if tap is no_tap else token_ids.shape[1]  # a tap sees the prompt whole
         if cache is None:
-            cache = KVCache(backbone, *token_ids.shape, chunk)
-        elif backbone.uses_long_factors(index) and not backbone.uses_long_factors(cache.length):
+            with memory_for(f"a KV cache of {token_ids.shape[1]} positions", xp):
+                cache = KVCache(config, *token_ids.shape, chunk, xp)
+        elif config.uses_long_factors(index) and not config.uses_long_factors(cache.length):
             cache.first = cache.length = 0  # start over
         starts = range(cache.length, index, chunk)
         for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
-            new_ids = backbone.xp.asarray(token_ids[:, start : min(start + chunk, index)])  # [B, S]
-            hidden_states = backbone.forward(new_ids, cache=cache, tap=tap, total=index)
-        return self.logits_of(hidden_states[:, -1:], tap)[:, 0], cache
+            new_ids = xp.asarray(token_ids[:, start : min(start + chunk, index)])  # [B, S]
+            by_graph = (has_kernel(cache.arrays) and config.fused and tap is no_tap
+                        and new_ids.shape[1] == 1 and len(new_ids) <= MOST_ROWS_OF_KERNEL)
+            if by_graph:
+                import kernels_cuda
+
+                hidden_states = kernels_cuda.decode_by_graph(
+                    forward, weights, config, new_ids, cache, index)
+            else:
+                hidden_states = forward(weights, config, new_ids, cache=cache, total=index, tap=tap)
+        logits = reverse_embedding(weights, config, hidden_states[:, -1:])
+        return tap("logits", logits)[:, 0], cache
 
     def probabilities(self, logits):
         """Return the softmax of `logits` / temperature over the last axis, in float32."""
         return softmax(upcast(logits) / self.sampler.temperature)
 
-    def steps(self, token_ids, prompt_mask, stop_token_ids, tap):
+    def steps(self, token_ids, prompt_mask, stop_token_ids=None, tap=no_tap):
         """Fill `token_ids` [B, max_length] in place, yielding each position's tokens [B]."""
         index, cache = int(prompt_mask.sum(axis=1).min()), None
         done = np.zeros(len(token_ids), bool)
@@ -2365,32 +2488,8 @@ class Phi3CausalLM:
 # ---- Instruments: traces and comparison ----------------------------------------------------------
 
 
-# What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
-# last, whose name is the layer's alone, is the layer's result.
-LAYER_TAPS = {
-    "pre_attention_layernorm": "BSD", "attention.query": "BSHC", "attention.key": "BSKC",
-    "attention.value": "BSKC", "attention.query_rotary": "BSHC", "attention.key_rotary": "BSKC",
-    "attention.scores": "BHST", "attention.probabilities": "BHST", "attention.context": "BSHC",
-    "attention_output": "BSD", "attention_residual": "BSD", "post_attention_layernorm": "BSD",
-    "feedforward_gate": "BSF", "feedforward_intermediate": "BSF", "feedforward_output": "BSD",
-    "": "BSD",
-}
-
 # The largest errors, relative to the reference's largest value, of correct models of three layers.
 TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
-
-
-def tap_shapes(backbone, batch_size, length):
-    """Return {name: shape} of all that a tap sees in one pass over [B, S] tokens, in its order."""
-    sizes = {"B": batch_size, "S": length, "T": length, "D": backbone.hidden_dim,
-             "F": backbone.intermediate_dim, "H": backbone.num_query_heads, "C": backbone.head_dim,
-             "K": backbone.num_key_value_heads, "V": backbone.vocabulary_size}
-    letters = {"token_embedding": "BSD"}
-    for i in range(backbone.num_layers):
-        for stage in LAYER_TAPS:
-            letters[f"transformer_layer_{i}.{stage}".removesuffix(".")] = LAYER_TAPS[stage]
-    letters |= {"sequence_output_layernorm": "BSD", "logits": "BSV"}
-    return {name: tuple(sizes[letter] for letter in letters[name]) for name in letters}
 
 
 def execution_order(name):
@@ -2418,7 +2517,7 @@ class Trace(dict):
         super().__init__()
         self.names, self.dtype = [names] if isinstance(names, str) else names, dtype
         self.metadata = {}  # saved with the arrays
-        self.passes = collections.Counter()
+        self.passes, self.size = collections.Counter(), 0  # how often each name came; bytes kept
 
     def __repr__(self):
         return f"<Trace of {len(self)} arrays, {sum(x.nbytes for x in self.values()):,} bytes>"
@@ -2433,13 +2532,15 @@ class Trace(dict):
         self.passes[name] += 1
         if self.keeps(key):
             self[key] = np.array(to_numpy(array), self.dtype, order="C")
+            before, self.size = self.size, self.size + self[key].nbytes
+            if before <= 1e9 < self.size:
+                warnings.warn(f"The trace takes over 1 GB by {key!r}, and grows; choose "
+                              "`names` for a smaller.", stacklevel=2)
         return array
 
     @classmethod
     def record(cls, causal_lm, inputs, names="*", dtype=None, max_length=None):
         """Record one forward pass; configuration and inputs go into the metadata.
-
-        A warning says beforehand how much memory the trace will take, if it is above 1 GB.
 
         Args:
             causal_lm: Phi3CausalLM.
@@ -2457,17 +2558,11 @@ class Trace(dict):
             inputs = causal_lm.preprocessor.generate_preprocess(texts, max_length)
             used = inputs["padding_mask"].any(axis=0)
             inputs = {name: array[:, used] for name, array in inputs.items()}
-        token_ids, padding_mask = backbone.check_inputs(inputs)
+        token_ids, padding_mask = check_inputs(inputs, backbone.vocabulary_size)
         trace.metadata["token_ids"] = token_ids.tolist()
         trace.metadata["padding_mask"] = padding_mask.astype(int).tolist()
-        shapes = tap_shapes(backbone, *token_ids.shape)
-        size = sum(math.prod(shapes[name]) for name in shapes if trace.keeps(name))
-        require(size, f"No name matches {names!r}.")
-        size *= np.dtype(dtype or backbone.compute_dtype).itemsize
-        if size > 1e9:
-            warnings.warn(f"The trace will take {size / 1e9:.1f} GB; choose `names` for a smaller.",
-                          stacklevel=2)
         causal_lm(inputs, tap=trace)
+        require(trace, f"No name matches {names!r}.")
         return trace
 
     def save(self, path):
@@ -2657,7 +2752,8 @@ def main(arguments=None):
             print(comparison)
             sys.exit(0 if comparison.first is None else 1)
         if options.summary:
-            Phi3Backbone.from_preset(options.preset, False, dtype=options.dtype).summary()
+            Phi3Backbone.from_preset(
+                options.preset, False, dtype=options.dtype, weights={}).summary()  # needs none
             return
         sampler = SAMPLERS[options.sampler](temperature=options.temperature, seed=options.seed)
         causal_lm = Phi3CausalLM.from_preset(

@@ -91,10 +91,9 @@ def peak_memory():
 
 def random_model(config, dtype):
     import phi3_ref
-    backbone = phi3_ref.Phi3Backbone(**config, dtype=dtype)
-    backbone.weights = backbone.build_weights(
-        lambda shape, stddev: random_array(shape, backbone.weight_dtype))
-    return phi3_ref.Phi3CausalLM(backbone)
+    shaped = phi3_ref.Phi3Config(**config, dtype=dtype)
+    weights = shaped.build_weights(lambda name, shape: random_array(shape, shaped.weight_dtype))
+    return phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**config, dtype=dtype, weights=weights))
 
 
 def time_generate(causal_lm, prompts, new):
@@ -201,7 +200,7 @@ def worker_tiny():
     causal_lm, new = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en"), 31
     backbone = causal_lm.backbone
     H, K, C = backbone.num_query_heads, backbone.num_key_value_heads, backbone.head_dim
-    named = backbone.huggingface_tensors(backbone.weights)
+    named = phi3_ref.huggingface_tensors(backbone.weights, backbone.config)
     matrices = [x.T for name, x in named if x.ndim == 2 and name != "model.embed_tokens.weight"]
     rows = {len(matrix): random_array((1, len(matrix))) for matrix in matrices}
     query, key = random_array((K, H // K, C)), random_array((K, 4 + new // 2, C))
@@ -378,19 +377,21 @@ def worker_write(config, dtype, form, directory):
     import h5py
 
     import phi3_ref
-    backbone, directory = phi3_ref.Phi3Backbone(**config, dtype=dtype), pathlib.Path(directory)
-    shapes, kind = backbone.weight_shapes(), {"bfloat16": "BF16", "float32": "F32"}[dtype]
+    backbone = phi3_ref.Phi3Backbone(**config, dtype=dtype, weights={})
+    directory, kind = pathlib.Path(directory), {"bfloat16": "BF16", "float32": "F32"}[dtype]
+    zero = np.zeros((), backbone.weight_dtype)
+    shapes = backbone.config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
 
     def write_keras():
         with h5py.File(directory / "model.weights.h5", "w") as file:
-            for name, array in backbone.keras_variables(shapes):
+            for name, array in phi3_ref.keras_variables(shapes, backbone.config):
                 dataset = file.create_dataset(name, data=random_array(array.shape, array.dtype))
                 dataset.attrs["dtype"] = dtype
         return {"registered_name": "keras_hub>Phi3Backbone", "config": backbone.get_config()}
 
     def write_huggingface(limit=2 << 30):
         shards, weight_map = [[]], {}
-        for name, array in backbone.huggingface_tensors(shapes):
+        for name, array in phi3_ref.huggingface_tensors(shapes, backbone.config):
             if sum(other.nbytes for _, other in shards[-1]) + array.nbytes > limit:
                 shards.append([])
             shards[-1].append((name, array))
@@ -422,7 +423,7 @@ def worker_load(directory, dtype):
     start = time.perf_counter()
     causal_lm = phi3_ref.Phi3CausalLM.from_preset(directory, dtype=dtype)
     backbone = causal_lm.backbone
-    for _, array in backbone.huggingface_tensors(backbone.weights):
+    for _, array in phi3_ref.huggingface_tensors(backbone.weights, backbone.config):
         array.view(np.uint8).reshape(-1)[::4096].max()  # every page: a mapped file is read only now
     seconds = time.perf_counter() - start
     beyond = peak_memory() - backbone.count_params() * backbone.weight_dtype.itemsize

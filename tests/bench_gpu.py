@@ -381,28 +381,26 @@ def bench_attention(S, T, H, K, C, limit):
 
 def our_model():
     """Returns Phi-3-mini with random weights drawn on the GPU."""
-    backbone = phi3_ref.Phi3Backbone(**PHI3_MINI, dtype="bfloat16", backend="cupy")
-
-    def draw(shape, stddev):
-        if stddev is None:
+    def draw(name, shape):
+        if len(shape) == 1:
             return cupy.ones(shape, BF16)
+        stddev = 0.01 if name.endswith("embedding") else 0.02
         return (cupy.random.standard_normal(shape, dtype=np.float32) * stddev).astype(BF16)
 
-    backbone.weights = backbone.build_weights(draw)
-    model = phi3_ref.Phi3CausalLM(backbone)
+    weights = phi3_ref.Phi3Config(**PHI3_MINI).build_weights(draw)
+    model = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(
+        **PHI3_MINI, dtype="bfloat16", backend="cupy", weights=weights))
     model.compile(sampler="greedy")
     return model
 
 
 def exact_logits(ours, token_ids):
     """Returns the last position's logits from the same weights, in float32, step by step."""
-    exact = phi3_ref.Phi3Backbone(**PHI3_MINI, dtype="float32", backend="cupy", fused=False)
-    weights = exact.empty_weights()
-    for (_, to), (_, from_) in zip(exact.huggingface_tensors(weights),
-                                   ours.backbone.huggingface_tensors(ours.backbone.weights),
-                                   strict=True):
-        to[...] = from_.astype(np.float32)
-    exact.weights = weights
+    bfloat16 = dict(phi3_ref.named_weights(ours.backbone.weights))
+    weights = ours.backbone.config.build_weights(
+        lambda name, shape: bfloat16[name].astype(np.float32))
+    exact = phi3_ref.Phi3Backbone(
+        **PHI3_MINI, dtype="float32", backend="cupy", fused=False, weights=weights)
     return on_host(phi3_ref.Phi3CausalLM(exact)({"token_ids": token_ids})[:, -1])
 
 
@@ -417,7 +415,8 @@ def their_model(ours):
         model = transformers.Phi3ForCausalLM(config).eval().to(torch.bfloat16)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, array in ours.backbone.huggingface_tensors(ours.backbone.weights):
+        backbone = ours.backbone
+        for name, array in phi3_ref.huggingface_tensors(backbone.weights, backbone.config):
             parameters.pop(name).copy_(to_torch(array))
     assert not parameters, f"not set: {list(parameters)}"
     model.generation_config.eos_token_id = None  # it must not stop early

@@ -141,7 +141,7 @@ for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", 
 ndarray.T = property(ndarray.transpose)
 
 for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones",
-             "sin", "take_along_axis", "zeros"):
+             "sin", "take_along_axis"):
     globals()[name] = on_device(getattr(np, name))
 
 
@@ -154,7 +154,19 @@ def asarray(a, dtype=None):
 
 
 def empty(shape, dtype=float):
-    return ndarray(np.full(shape, poison(dtype), dtype))
+    return allocated(np.full(shape, poison(dtype), dtype))
+
+
+def zeros(shape, dtype=float):
+    return allocated(np.zeros(shape, dtype))
+
+
+def allocated(host):
+    """Return a new array, or CuPy's error where `MEMORY` has no place for it."""
+    if host.nbytes > MEMORY[0] + POOL.free_bytes():
+        raise cuda.memory.OutOfMemoryError(
+            f"Out of memory allocating {host.nbytes:,} bytes (allocated so far: 0 bytes).")
+    return ndarray(host)
 
 
 def where(condition, x, y):

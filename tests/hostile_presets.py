@@ -919,11 +919,10 @@ class Watch:
 def contents(causal_lm):
     """(settings, weights, tokenization) of a loaded model, each comparable with ==."""
     backbone = causal_lm.backbone
-    settings = {name: value for name, value in vars(backbone).items()
-                if name not in ("xp", "weights", "weight_seed", "dropout_rng", "backend",
-                                "rope_factors")}  # these are other settings, as an array
+    settings = {name: value for name, value in (vars(backbone) | vars(backbone.config)).items()
+                if name not in ("config", "xp", "weights", "dropout_rng")}
     arrays = {name: (str(array.dtype), array.shape, array.tobytes())
-              for name, array in backbone.huggingface_tensors(backbone.weights)}
+              for name, array in phi3_ref.huggingface_tensors(backbone.weights, backbone.config)}
     preprocessor = causal_lm.preprocessor
     if preprocessor is None:
         return settings, arrays, None
@@ -980,8 +979,8 @@ def different(causal_lm, before, directory):
     if arrays != before[1]:
         keras = bool([*directory.glob("*.h5")]) and backbone.weights is not None
         keras = keras and "model_type" not in json.loads((directory / "config.json").read_bytes())
-        views = dict((backbone.keras_variables if keras else backbone.huggingface_tensors)(
-            backbone.weights))
+        views = dict((phi3_ref.keras_variables if keras else phi3_ref.huggingface_tensors)(
+            backbone.weights, backbone.config))
         if not all(np.isfinite(array).all() for array in views.values()):
             return Outcome("finding", "loaded weights that are not finite")
         try:

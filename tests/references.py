@@ -223,6 +223,20 @@ def ours_like(keras_model, dtype=None, **kwargs):
     return backbone
 
 
+def tap_shapes(config, batch_size, length):
+    """Returns {name: shape} of all that a tap sees in one pass over [B, S] tokens, in its order."""
+    import phi3_ref
+    sizes = {"B": batch_size, "S": length, "T": length, "D": config.hidden_dim,
+             "F": config.intermediate_dim, "H": config.num_query_heads, "C": config.head_dim,
+             "K": config.num_key_value_heads, "V": config.vocabulary_size}
+    letters = {"token_embedding": "BSD"}
+    for i in range(config.num_layers):
+        for name, axes in phi3_ref.LAYER_TAPS.items():
+            letters[f"transformer_layer_{i}.{name}".removesuffix(".")] = axes
+    letters |= {"sequence_output_layernorm": "BSD", "logits": "BSV"}
+    return {name: tuple(sizes[letter] for letter in letters[name]) for name in letters}
+
+
 def keras_errors(dtype, seeds):
     """Returns (ours against KerasHub, ours against float64, KerasHub against float64) per seed.
 

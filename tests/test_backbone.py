@@ -228,14 +228,14 @@ def test_get_weights_gives_copies():
 
 @pytest.mark.parametrize("max_length", [4096, 131072])
 def test_built_in_presets_dimensions_allocate_nothing(max_length):
-    """Phi-3-mini's 3,821,079,552 parameters are counted and described without allocating them."""
+    """Phi-3-mini's 3,821,079,552 parameters are counted and described without drawing them."""
     import keras_hub
     su = dict(pretraining_sequence_length=4096, rope_scaling_type="su",
               rope_scaling_short_factor=[1.0] * 48, rope_scaling_long_factor=[2.0] * 48)
     tracemalloc.start()
     backbone = phi3_ref.Phi3Backbone(
         vocabulary_size=32064, num_layers=32, hidden_dim=3072, intermediate_dim=8192,
-        num_query_heads=32, num_key_value_heads=32, max_sequence_length=max_length,
+        num_query_heads=32, num_key_value_heads=32, max_sequence_length=max_length, weights={},
         **(su if max_length > 4096 else {}))
     count, config = backbone.count_params(), backbone.get_config()
     peak = tracemalloc.get_traced_memory()[1]

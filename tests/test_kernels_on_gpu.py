@@ -176,9 +176,10 @@ def test_decoding_by_a_graph(model, dtype, B):
     for backend in ("numpy", "cupy", "cupy"):
         causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(
             200, 2, 384, 512, 4, 2, seed=0, dtype=dtype, backend=backend, **model))
-        cache, logits = phi3_ref.KVCache(causal_lm.backbone, B, 1210, chunk=600), []
-        causal_lm.backbone.forward(
-            causal_lm.backbone.xp.asarray(token_ids[:, :1014]), cache=cache)
+        weights, config, xp = (getattr(causal_lm.backbone, name)
+                               for name in ("weights", "config", "xp"))
+        cache, logits = phi3_ref.KVCache(config, B, 1210, chunk=600, xp=xp), []
+        phi3_ref.forward(weights, config, xp.asarray(token_ids[:, :1014]), cache=cache)
         for index in range(1015, 1031 if "sliding_window" not in model else 1210):
             step, cache = causal_lm.next_logits(token_ids, index, cache)
             logits.append(phi3_ref.to_numpy(step).copy())

@@ -120,6 +120,13 @@ def test_dropout_draws():
 
 # RoPE --------------------------------------------------------------------------------------------
 
+def one_head(head_dim, **settings):
+    """The configuration of a model with one head."""
+    return phi3_ref.Phi3Config(vocabulary_size=1, num_layers=1, hidden_dim=head_dim,
+                               intermediate_dim=1, num_query_heads=1, num_key_value_heads=1,
+                               **settings)
+
+
 @settings(max_examples=ref.examples(40))
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 3), st.sampled_from([2, 6, 16, 96]),
        st.sampled_from([0, 1, 77, 5000]), st.sampled_from([100.0, 10000.0, 250000.0]),
@@ -131,6 +138,7 @@ def test_rotary_embedding(batch, length, heads, dim, start, wavelength, su, dtyp
     x = normal(seed, (batch, length, heads, dim), dtype)
     positions = np.arange(start, start + length)
     layer, factors, magnitude = RotaryEmbedding(wavelength, dtype=dtype), None, 1.0
+    scaling = {}
     if su:
         factors = np.random.default_rng(seed).uniform(0.8, 40.0, dim // 2).astype("float32")
         magnitude = ref.exact_su_magnitude(4096, 64)
@@ -138,10 +146,14 @@ def test_rotary_embedding(batch, length, heads, dim, start, wavelength, su, dtyp
         short, long = (unused, factors) if start + length > 64 else (factors, unused)
         layer = Phi3SuScaledRotaryEmbedding(short, long, 4096, 64, wavelength, dtype=dtype)
 
-    cos, sin = phi3_ref.rotary_tables(positions.astype("float32"), dim, wavelength,
-                                      1.0 if factors is None else factors, magnitude)
-    assert cos.shape == sin.shape == (length, 1, dim // 2)
-    ours = phi3_ref.rotary_embedding(x, cos.astype(x.dtype), sin.astype(x.dtype))
+        scaling = dict(rope_scaling_type="su", rope_scaling_short_factor=short.tolist(),
+                       rope_scaling_long_factor=long.tolist(), max_sequence_length=4096,
+                       pretraining_sequence_length=64)
+
+    config = one_head(dim, rope_max_wavelength=wavelength, dtype=dtype, **scaling)
+    cos, sin = config.rotary(positions, config.uses_long_factors(start + length))
+    assert cos.shape == sin.shape == (length, 1, dim // 2) and cos.dtype == sin.dtype == x.dtype
+    ours = phi3_ref.rotary_embedding(x, cos, sin)
     assert ours.dtype == x.dtype and ours.shape == x.shape
     # An angle in float32 is off by a part in 2^22 of itself, on either side.
     angle = positions[-1] * 2.0**-22 / (1.0 if factors is None else factors.min())
@@ -155,7 +167,9 @@ def test_rotary_embedding_in_float64():
     """In float64 RoPE equals the complex product to 1e-10, at positions up to 131,071."""
     x, factors = normal(0, (1, 5, 2, 96), "float64"), np.linspace(1.0, 60.0, 48)
     positions = np.array([0, 1, 4096, 65537, 131071])
-    tables = phi3_ref.rotary_tables(positions.astype("float64"), 96, 10000.0, factors, 1.19)
+    config = one_head(96, dtype="float64", rope_scaling_type="su", rope_attention_factor=1.19,
+                      rope_scaling_short_factor=[1.0] * 48, rope_scaling_long_factor=[*factors])
+    tables = config.rotary(positions, long=True)
     ours = phi3_ref.rotary_embedding(x, *tables)
     exact = ref.exact_rotary(x, positions, 1e4, factors, 1.19)
     assert ref.relative_error(ours, exact) < 1e-10  # an angle of 131,071 is known to 1.5e-11
@@ -166,7 +180,7 @@ def test_rotary_embedding_sees_distances_only():
     query, key = normal(0, (1, 1, 1, 32), "float64"), normal(1, (1, 1, 1, 32), "float64")
 
     def product(query_position, key_position):
-        tables = [phi3_ref.rotary_tables(np.array([float(position)]), 32, 1e4)
+        tables = [one_head(32, dtype="float64").rotary(np.array([position]))
                   for position in (query_position, key_position)]
         return (phi3_ref.rotary_embedding(query, *tables[0])
                 * phi3_ref.rotary_embedding(key, *tables[1])).sum()
@@ -179,7 +193,7 @@ def test_rotary_embedding_sees_distances_only():
 def test_partial_rotary_embedding(rotary_dim):
     """The first `rotary_dim` channels turn as a head of that size would; the rest pass through."""
     x, positions = normal(0, (2, 4, 3, 16)), np.arange(4)
-    tables = phi3_ref.rotary_tables(positions.astype("float32"), rotary_dim, 1e4)
+    tables = one_head(16, partial_rotary_factor=rotary_dim / 16).rotary(positions)
     ours = phi3_ref.rotary_embedding(x, *tables)
     exact = ref.exact_rotary(x[..., :rotary_dim], positions, 1e4)
     assert ref.relative_error(ours[..., :rotary_dim], exact) < 1e-6

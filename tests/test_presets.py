@@ -134,7 +134,7 @@ def test_a_huggingface_directory_loads_exactly(dtype, sharded, tmp_path):
     tensors = {}
     for file in tmp_path.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(file)
-    loaded = dict(ours.backbone.huggingface_tensors(ours.backbone.weights))
+    loaded = dict(phi3_ref.huggingface_tensors(ours.backbone.weights, ours.backbone.config))
     assert loaded.keys() == tensors.keys()
     assert_same_weights([loaded[name] for name in tensors], list(tensors.values()))
     if dtype == "float32":
@@ -167,7 +167,7 @@ def test_a_safetensors_file_of_the_models_dtype_is_mapped(stored, dtype, tmp_pat
     """Its pages serve as weights, shared by all processes; writing to one leaves the file alone."""
     write_huggingface(transformers_model({}, stored, 1), tmp_path)
     backbone = phi3_ref.Phi3Backbone.from_preset(tmp_path, dtype=dtype)
-    weights = dict(backbone.huggingface_tensors(backbone.weights))
+    weights = dict(phi3_ref.huggingface_tensors(backbone.weights, backbone.config))
     mapped = {name: isinstance(memory_behind(array), mmap.mmap) for name, array in weights.items()}
     assert set(mapped.values()) == {stored == dtype}
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -188,7 +188,7 @@ def test_an_unaligned_safetensors_file_loads(huggingface_preset, huggingface_mod
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[size:])
     backbone = phi3_ref.Phi3Backbone.from_preset(huggingface_preset)
     state = huggingface_model.state_dict()
-    for name, array in backbone.huggingface_tensors(backbone.weights):
+    for name, array in phi3_ref.huggingface_tensors(backbone.weights, backbone.config):
         assert array.flags.aligned
         np.testing.assert_array_equal(array, state[name].numpy())
 
@@ -689,7 +689,7 @@ def peak():  # MB; unlike getrusage's, this high-water mark is not inherited fro
 
 before = peak()
 model = phi3_ref.Phi3Backbone.from_preset(sys.argv[1], dtype=sys.argv[2])
-size = sum(weight.nbytes for _, weight in model.keras_variables(model.weights)) / 2**20
+size = model.count_params() * model.weight_dtype.itemsize / 2**20
 print(peak() - before - size, size)
 """
 
