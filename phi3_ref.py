@@ -1100,12 +1100,11 @@ class Preset:
     Args:
         preset: see `Phi3Backbone.from_preset`; or a Preset, which is used again.
 
-    Raises (`file` and what calls it, too):
-        ConnectionError: the hub cannot be reached, or answers with an error.
+    Raises:
+        ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
         FileNotFoundError: there is no such preset, or it has no config.json.
         PermissionError: the hub asks for a log-in, or for consent to the model's terms.
-        ValueError: config.json is neither a Keras nor a Hugging Face Phi-3's; or the handle is
-            malformed.
+        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
     """
 
     def __init__(self, preset):
@@ -1157,11 +1156,11 @@ class Preset:
             with self.hub_errors(name):
                 return pathlib.Path(kagglehub.model_download(self.handle, name))
         except (FileNotFoundError, ValueError) as error:
-            # There is no such file, says the hub; or the cache, where it has the whole model.
-            absent = isinstance(error, FileNotFoundError) or "is not present in" in str(error)
-            if name == "config.json" or not absent:
-                raise
-            return None
+            # There is no such file, says the hub; or its cache, where that has the whole model.
+            absent = re.search("404 Client Error|is not present in", str(error))
+            if absent and name != "config.json":
+                return None
+            raise
 
     @contextlib.contextmanager
     def hub_errors(self, name):
