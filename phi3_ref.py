@@ -42,6 +42,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import glob
 import html
 import inspect
 import itertools
@@ -1146,8 +1147,9 @@ class Phi3Backbone(Backbone):
         """Build a backbone from a preset.
 
         Args:
-            preset: a built-in name (a key of `presets`), "kaggle://…", "hf://organization/name",
-                or a directory, in Keras's or Hugging Face's format.
+            preset: a built-in name (a key of `presets`), "kaggle://…", "hf://organization/name"
+                or "hf://organization/name@revision" (a branch, a tag or a commit), or a directory,
+                in Keras's or Hugging Face's format.
             load_weights: bool; False leaves them random.
             **kwargs: arguments of the constructor that override the preset's. The dtype is float32
                 unless given here, whatever the files hold.
@@ -1200,27 +1202,44 @@ class Phi3Backbone(Backbone):
 # ---- Presets: reading and writing ----------------------------------------------------------------
 
 
+# All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
+# its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
+SMALL_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",  # and Keras's:
+    "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
+)
+
+
 class Preset:
-    """The files of a preset: a local directory, or a hub's, fetched one by one when asked for.
+    """The files of a preset: a local directory, or a hub's, which its client fetches and keeps.
 
     Args:
-        preset: see `Phi3Backbone.from_preset`.
+        preset: see `Phi3Backbone.from_preset`; or a Preset, which is used again.
 
     Raises:
+        ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
         FileNotFoundError: there is no such preset, or it has no config.json.
-        ValueError: config.json is neither a Keras nor a Hugging Face Phi-3's.
+        PermissionError: the hub asks for a log-in, or for consent to the model's terms.
+        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
     """
 
     def __init__(self, preset):
+        if isinstance(preset, Preset):
+            vars(self).update(vars(preset))
+            return
         self.name = str(preset)
         location = Phi3Backbone.presets.get(self.name, self.name)
         self.scheme, _, self.handle = location.rpartition("://")
         require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
         if not self.scheme and not os.path.isdir(self.handle):
             raise FileNotFoundError(
-                f"There is no preset {self.name!r}. A preset is one of "
-                f"{list(Phi3Backbone.presets)}, a directory, kaggle://… or hf://organization/name."
+                f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
+                ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
             )
+        self.directory = pathlib.Path(self.handle)
+        self.fetch(*SMALL_FILES)
         self.config = self.json("config.json")
         if self.config is None:
             raise FileNotFoundError(f"preset {self.name!r} has no config.json")
@@ -1229,21 +1248,44 @@ class Preset:
         require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
                 f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
 
-    def file(self, name):
-        """Return the local path of one of the preset's files, or None where it has none.
+    def fetch(self, *names):
+        """Fetch those of a Hugging Face repository's files that there are, always of one commit."""
+        if self.scheme != "hf":  # `file` fetches Kaggle's one by one
+            return
+        import huggingface_hub
 
-        Raises:
-            ConnectionError: the hub cannot be reached, or answers with an error.
-            FileNotFoundError: the hub has no such repository.
-            PermissionError: the hub asks for a log-in, or for consent to the model's terms.
-            ValueError: the handle is malformed.
-        """
-        if not self.scheme:
-            path = pathlib.Path(self.handle, name)
+        repository, at, revision = self.handle.partition("@")
+        require(revision or not at, f"preset {self.name!r} has no revision after the @")
+        patterns = [glob.escape(name) for name in names]
+        with self.hub_errors(names[0]):
+            self.directory = pathlib.Path(huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=patterns
+            ))
+        self.handle = f"{repository}@{self.directory.name}"  # whose name is the commit
+
+    def file(self, name):
+        """Return the local path of one of the preset's files, or None where it has none."""
+        if self.scheme != "kaggle":
+            path = self.directory / name
             return path if path.is_file() else None
+        import kagglehub
+
         try:
-            return self.download(name)
-        except Exception as error:  # each client has its own
+            with self.hub_errors(name):
+                return pathlib.Path(kagglehub.model_download(self.handle, name))
+        except (FileNotFoundError, ValueError) as error:
+            # There is no such file, says the hub; or its cache, where that has the whole model.
+            absent = re.search("404 Client Error|is not present in", str(error))
+            if absent and name != "config.json":
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def hub_errors(self, name):
+        """Turn what a hub's client raises, each its own, into what `Preset` documents."""
+        try:
+            yield
+        except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             malformed = isinstance(error, ValueError) and not isinstance(error, OSError)
             if malformed or getattr(error, "errno", None):  # or the disk is full, say
@@ -1251,35 +1293,9 @@ class Preset:
             kind, advice = {
                 401: (PermissionError, "check the name, or log in"),
                 403: (PermissionError, "accept the model's terms on its page, and log in"),
-                404: (FileNotFoundError, "check the name"),
+                404: (FileNotFoundError, "check the name, and the revision if it says one"),
             }.get(status, (ConnectionError, "try again; what was fetched before is kept"))
             raise kind(f"{name} of preset {self.name!r}: {advice}. {error}") from error
-
-    def download(self, name):
-        """Return the local path of a hub's file, fetched unless it is in the hub's own cache."""
-        if self.scheme == "kaggle":
-            import kagglehub
-
-            try:
-                return pathlib.Path(kagglehub.model_download(self.handle, name))
-            except (kagglehub.exceptions.KaggleApiHTTPError, ValueError) as error:
-                # Two ways of saying that there is no such file, one online, one from the cache.
-                if name != "config.json" and (
-                    "404" in str(error) or "is not present in the model files" in str(error)
-                ):
-                    return None
-                raise
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            return pathlib.Path(huggingface_hub.hf_hub_download(self.handle, name))
-        except EntryNotFoundError as error:
-            # Offline, only what the cache knows to be missing is missing.
-            offline = isinstance(error, LocalEntryNotFoundError)
-            if offline and huggingface_hub.try_to_load_from_cache(self.handle, name) is None:
-                raise
-            return None
 
     def json(self, name):
         """Return the object in one of the preset's JSON files, or None where there is no file."""
@@ -1323,6 +1339,7 @@ class Preset:
             "keras": ("model.weights.h5", "model.weights.json"),
             "huggingface": ("model.safetensors", "model.safetensors.index.json"),
         }[self.format]
+        self.fetch(single, index)
         path = self.file(single)
         if path is not None:  # before the index, as in KerasHub and transformers
             return [path], None
@@ -1340,6 +1357,7 @@ class Preset:
                     f"{self.name}/{index} names {name!r}, which is not a file beside it")
         require(names, f"{self.name}/{index} names no file")
         names = sorted(set(names))
+        self.fetch(*names)
         paths = [self.file(name) for name in names]
         if None in paths:
             name = names[paths.index(None)]
@@ -2248,12 +2266,13 @@ class Phi3CausalLM:
 
         Its preprocessor is None where the preset has no SentencePiece tokenizer.
         """
+        preset = Preset(preset)
         preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
         backbone = Phi3Backbone.from_preset(preset, load_weights, **kwargs)
         try:
             return cls(backbone, preprocessor)
         except ValueError as error:
-            raise ValueError(f"preset {str(preset)!r}: {error}") from error
+            raise ValueError(f"preset {preset.name!r}: {error}") from error
 
     def save_to_preset(self, directory):
         """Write weights, configuration and tokenizer to `directory` in Keras's format.

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 
 import pytest
 
@@ -21,6 +22,7 @@ FILES = {str(path.relative_to(EMBEDDED)): path.read_bytes()
          for path in EMBEDDED.rglob("*") if path.is_file()}
 WEIGHTS = "model.weights.h5"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER_COMMIT = COMMIT[::-1]
 PRESETS = {"hf": "hf://acme/tiny-phi", "kaggle": "kaggle://acme/phi3/keras/tiny/1"}
 LOADER = """
 import json, os, sys
@@ -31,12 +33,20 @@ import phi3_ref
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 2**20  # Kaggle's; 10 MB are more than we serve
 
 env._env_to_endpoint[env.KaggleEnv.PROD] = os.environ["KAGGLE_ENDPOINT"]
+preset, what = sys.argv[1:]
 try:
-    causal_lm = phi3_ref.Phi3CausalLM.from_preset(sys.argv[1])
+    if what == "summary":
+        phi3_ref.main(["--summary", "--preset", preset])
+    elif what == "tokenizer":
+        phi3_ref.Phi3Tokenizer.from_preset(preset)
+    else:
+        causal_lm = phi3_ref.Phi3CausalLM.from_preset(preset, load_weights=what == "all")
 except Exception as error:
     print(json.dumps([type(error).__name__, str(error)]))
     sys.exit()
-if causal_lm.preprocessor is None:
+if what != "all":
+    print(json.dumps(["loaded", what]))
+elif causal_lm.preprocessor is None:
     print(json.dumps(["loaded", "no tokenizer"]))
 else:
     causal_lm.compile(sampler="greedy")
@@ -54,9 +64,12 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = dict(FILES)
+        self.commits = {COMMIT: self.files}
+        self.revisions = {"main": [COMMIT]}  # name -> what it stands for, in turn
         self.statuses = {}  # file name, or "" for all -> list of statuses to answer with, in turn
         self.cuts = {}  # file name -> list of byte counts after which the connection breaks
         self.lies = {}  # file name -> what is sent instead, under the right checksum
+        self.asked = []  # (commit or None, file name) of every question for a file
         self.sent = []  # (file name, first byte) of every content that was asked for
 
     def handle_error(self, request, address):
@@ -78,24 +91,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):  # Kaggle: where a file is
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = request["path"]
-        if not self.refused(name):
+        self.server.asked.append((None, name))
+        if not self.refused(name, self.server.files):
             self.answer(302, {"Location": f"{self.server.url}/storage/{name}"})
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
-        name = re.fullmatch("/(?:storage|acme/tiny-phi/resolve/[^/]+)/(.*)", self.path)
-        if name is None:
+        path = self.path.partition("?")[0]
+        stored = re.fullmatch("/storage/(.*)", path)
+        resolved = re.fullmatch("/acme/tiny-phi/resolve/([^/]+)/(.*)", path)
+        told = re.fullmatch("/api/models/acme/tiny-phi(?:/(revision|tree)/([^/]+))?", path)
+        if stored:
+            self.send_file(stored[1], self.server.files[stored[1]])
+        elif resolved:
+            commit, name = resolved.groups()
+            if self.command == "HEAD":
+                self.server.asked.append((commit, name))
+            files = self.server.commits[commit]  # no file is asked for by a branch or a tag
+            if not self.refused(name, files):
+                self.send_file(name, files[name], commit)
+        elif told:
+            # A gated repository tells everyone what it holds.
+            if self.server.statuses.get("") == [403] or not self.refused("", {"": None}):
+                self.tell(told[1], urllib.parse.unquote(told[2] or "main"))
+        else:
             self.answer(404)
-        elif not self.refused(name[1]):
-            self.send_file(name[1])
 
-    def refused(self, name):
+    def tell(self, what, revision):
+        """Answer what commit a revision is, and its files; or what there is to know of these."""
+        turns = self.server.revisions.get(revision, [revision])
+        commit = turns.pop(0) if len(turns) > 1 else turns[0]
+        if commit not in self.server.commits:
+            self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+            return
+        files = self.server.commits[commit]
+        tree = [{"type": "file", "path": name, "size": len(content),
+                 "oid": hashlib.sha1(content).hexdigest()} for name, content in files.items()]
+        info = {"id": "acme/tiny-phi", "modelId": "acme/tiny-phi", "sha": commit,
+                "siblings": [{"rfilename": name} for name in files]}
+        content = json.dumps(tree if what == "tree" else info).encode()
+        self.answer(200, {"Content-Type": "application/json"}, content)
+
+    def refused(self, name, files):
         """Answer with the status that was planned, if any is; or that there is no such file."""
         planned = self.server.statuses.get(name) or self.server.statuses.get("") or [200]
         status = planned.pop(0) if len(planned) > 1 else planned[0]
-        if status == 200 and name not in self.server.files:
+        if status == 200 and name not in files:
             status = 404
         if status == 200:
             return False
@@ -106,15 +149,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(status, {"X-Error-Code": code, "X-Error-Message": f"planned {status}"})
         return True
 
-    def answer(self, status, headers=None):
+    def answer(self, status, headers=None, content=b""):
         self.send_response(status)
-        headers = {"Content-Length": "0", "X-Repo-Commit": COMMIT} | (headers or {})
+        headers = {"Content-Length": str(len(content))} | (headers or {})
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+        self.wfile.write(content)
 
-    def send_file(self, name):
-        content = self.server.files[name]
+    def send_file(self, name, content, commit=""):
         checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
         etag = hashlib.sha256(content).hexdigest()
         if self.command == "GET":  # what HEAD announces is right
@@ -123,7 +166,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if "Range" in self.headers else 200)
         for key, value in {
             "Content-Length": len(content) - first, "Accept-Ranges": "bytes", "ETag": f'"{etag}"',
-            "X-Repo-Commit": COMMIT, "X-Goog-Hash": f"md5={checksum}",
+            "X-Repo-Commit": commit, "X-Goog-Hash": f"md5={checksum}",
             "Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}",
         }.items():
             self.send_header(key, str(value))
@@ -152,9 +195,13 @@ def hub():
 
 @pytest.fixture(params=["hf", "kaggle"])
 def load(request, hub, tmp_path):
-    """Load the hub's preset in a fresh process: (kind of outcome, answer or message)."""
+    """Load the hub's preset in a fresh process: (kind of outcome, answer or message).
 
-    def load(**environment):
+    What is loaded is "all" of a causal LM, a "causal_lm" without weights, a "tokenizer", or what
+    the command line needs for a "summary".
+    """
+
+    def load(what="all", revision="", **environment):
         environment = {
             **{key: value for key, value in os.environ.items()
                if not key.startswith(("HF_", "KAGGLE", "HUGGING"))},
@@ -162,7 +209,8 @@ def load(request, hub, tmp_path):
             "KAGGLE_ENDPOINT": hub.url, "KAGGLEHUB_CACHE": str(tmp_path / "kaggle"),
             "HOME": str(tmp_path), "NO_PROXY": "127.0.0.1", **environment,
         }
-        run = subprocess.run([sys.executable, "-c", LOADER, PRESETS[request.param]], cwd=ROOT,
+        preset = PRESETS[request.param] + revision
+        run = subprocess.run([sys.executable, "-c", LOADER, preset, what], cwd=ROOT,
                              env=environment, text=True, capture_output=True, timeout=100)
         assert run.returncode == 0, run.stderr
         return tuple(json.loads(run.stdout.splitlines()[-1]))
@@ -172,15 +220,19 @@ def load(request, hub, tmp_path):
 
 
 ANSWER = ("loaded", "623<|end|>")
+only_hugging_face = pytest.mark.parametrize("load", ["hf"], indirect=True)
 
 
 def test_a_preset_is_fetched_once(load, hub):
-    """Only the files that are needed, each whole; the second load asks for no content."""
+    """Only the files that are needed, each once and whole; a second load asks for none."""
     assert load() == ANSWER
     names = ["assets/tokenizer/vocabulary.spm", "config.json", WEIGHTS, "preprocessor.json"]
+    if load.hub == "hf":
+        names.append("tokenizer.json")  # which is read where it is Hugging Face's
     assert sorted(hub.sent) == sorted((name, 0) for name in names)
+    assert sorted(name for _, name in hub.asked) == sorted(names)
     assert load() == ANSWER
-    assert len(hub.sent) == len(names)
+    assert len(hub.asked) == len(hub.sent) == len(names)
 
 
 @pytest.mark.parametrize("status, kind, advice", [
@@ -254,3 +306,94 @@ def test_a_model_without_a_tokenizer_loads(load, hub):
     assert load() == ("loaded", "no tokenizer")
     if load.hub == "hf":  # Kaggle's client does not remember what is missing
         assert load(HF_HUB_OFFLINE="1") == ("loaded", "no tokenizer")
+
+
+@pytest.mark.parametrize("what", ["summary", "causal_lm", "tokenizer"])
+def test_weights_that_are_not_needed_are_not_asked_for(load, hub, what):
+    """And are fetched when they are, the rest being there."""
+    assert load(what) == ("loaded", what)
+    asked = {name for _, name in hub.asked}
+    assert "config.json" in asked and not any(name.startswith("model") for name in asked)
+    if load.hub == "hf":
+        found, message = load(HF_HUB_OFFLINE="1")
+        assert found == "ConnectionError" and WEIGHTS in message
+    assert load() == ANSWER
+    assert [name for name, _ in hub.sent].count("config.json") == 1
+
+
+@only_hugging_face
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/7", OTHER_COMMIT])
+def test_a_revision_is_the_one_that_is_loaded(load, hub, revision):
+    """A tag, a branch with slashes, a commit; `main` is another."""
+    hub.commits[OTHER_COMMIT] = {name: FILES[name] for name in ("config.json", WEIGHTS)}
+    hub.revisions.update({"v1": [OTHER_COMMIT], "refs/pr/7": [OTHER_COMMIT]})
+    for environment in (dict(), dict(HF_HUB_OFFLINE="1")):
+        assert load(revision=f"@{revision}", **environment) == ("loaded", "no tokenizer")
+    assert {commit for commit, _ in hub.asked} == {OTHER_COMMIT}
+    assert load() == ANSWER
+
+
+@only_hugging_face
+@pytest.mark.parametrize("revision", ["v2", "f" * 40])
+def test_a_missing_revision_is_an_error_that_says_so(load, hub, revision):
+    found, message = load(revision=f"@{revision}")
+    assert found == "FileNotFoundError" and f"tiny-phi@{revision}" in message
+    assert "check the name, and the revision" in message and "Revision Not Found" in message
+    assert hub.asked == []
+
+
+@only_hugging_face
+def test_all_files_are_of_one_commit(load, hub):
+    """A branch that moves on while it is loaded is read as it was."""
+    hub.commits[OTHER_COMMIT] = {**FILES, WEIGHTS: b"of another architecture"}
+    hub.revisions["main"] = [COMMIT, OTHER_COMMIT]
+    assert load() == ANSWER
+    assert {commit for commit, _ in hub.asked} == {COMMIT}
+    assert load()[0] == "ValueError"  # what `main` is by now
+
+
+HUGGING_FACE = {
+    "config.json": json.dumps({
+        "model_type": "phi3", "vocab_size": 16, "num_hidden_layers": 1, "hidden_size": 8,
+        "intermediate_size": 8, "num_attention_heads": 1,
+    }).encode(),
+    "model.safetensors.index.json": json.dumps({
+        "weight_map": {"a": "model-00001-of-00002.safetensors",
+                       "b": "model-00002-of-00002.safetensors"},
+    }).encode(),
+    **dict.fromkeys([
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "README.md",
+        "consolidated.safetensors", "pytorch_model.bin", "modeling_phi3.py", "onnx/config.json",
+        "onnx/model.safetensors", "checkpoint-5/tokenizer.json", "tokenizer.json/tokenizer.json",
+    ], b"no tensors"),
+}
+
+
+@only_hugging_face
+def test_of_a_hugging_face_repository_no_more_is_fetched_than_read(load, hub):
+    """No pickles, no copies of the weights for other programs, no code, nothing of directories."""
+    hub.commits[COMMIT] = HUGGING_FACE
+    found, message = load()
+    assert found == "ValueError" and "model-00001-of-00002.safetensors cannot be read" in message
+    assert sorted({name for _, name in hub.asked}) == [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    hub.commits[OTHER_COMMIT] = HUGGING_FACE | {"model.safetensors": b"no tensors"}
+    hub.revisions["single"] = [OTHER_COMMIT]
+    found, message = load(revision="@single")
+    assert found == "ValueError" and "model.safetensors cannot be read" in message
+    assert sorted(name for commit, name in hub.asked if commit == OTHER_COMMIT) == [
+        "config.json", "model.safetensors", "model.safetensors.index.json",
+    ]
+
+
+@only_hugging_face
+@pytest.mark.parametrize("name", ["*", "pytorch_model.[a-z]??", "..", "onnx/model.safetensors"])
+def test_an_index_cannot_ask_for_more(load, hub, name):
+    """Its names are names of files beside it, and no patterns."""
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    hub.commits[COMMIT] = HUGGING_FACE | {"model.safetensors.index.json": index}
+    found, message = load()
+    assert found in ("FileNotFoundError", "ValueError") and repr(name) in message
+    assert {name for _, name in hub.asked} == {"config.json", "model.safetensors.index.json"}

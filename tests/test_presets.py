@@ -736,21 +736,23 @@ def test_loading_never_holds_two_copies(large_presets, layout, dtype):
 
 
 @pytest.fixture
-def huggingface_hub_files(monkeypatch):
-    """Serve `hf_hub_download` from a local directory; the list of (repo_id, filename) asked for."""
+def huggingface_hub_files(monkeypatch, tmp_path_factory):
+    """Serve `snapshot_download` from a directory; the list of (repository, name) it fetched."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
 
-    asked, served = [], {}
+    asked, served, cache = [], {}, tmp_path_factory.mktemp("cache")
 
-    def download(repo_id, filename, **kwargs):
-        asked.append((repo_id, filename))
-        path = served["directory"] / filename
-        if not path.exists():
-            raise EntryNotFoundError(f"404 Client Error: {filename}")
-        return str(path)
+    def download(repo_id, *, allow_patterns, **kwargs):
+        names = huggingface_hub.utils.filter_repo_objects(
+            files_below(served["directory"]), allow_patterns=allow_patterns
+        )
+        for name in names:
+            asked.append((repo_id, name))
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(served["directory"] / name, cache / name)
+        return str(cache)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return asked, served
 
 
@@ -765,13 +767,26 @@ def test_hf_handles_ask_for_the_files_of_the_repository(
     write_huggingface(huggingface_model, tmp_path, **({"max_shard_size": "8KB"} if sharded else {}))
     model = phi3_ref.Phi3CausalLM.from_preset("hf://acme/tiny-phi", load_weights=load_weights)
     assert {repository for repository, _ in asked} == {"acme/tiny-phi"}
-    files = {name for _, name in asked if (tmp_path / name).exists()}
+    files = {name for _, name in asked}
     weights = {path.name for path in tmp_path.glob("*.safetensors")}
     assert "config.json" in files and files & weights == (weights if load_weights else set())
     assert model.preprocessor is None
     if load_weights:
         local = phi3_ref.Phi3CausalLM.from_preset(tmp_path)
         assert_same_weights(model.backbone.get_weights(), local.backbone.get_weights())
+
+
+def test_each_small_file_is_looked_for_once(keras_preset, huggingface_preset, monkeypatch):
+    """And is one of those that a hub is asked for before."""
+    asked, file = [], phi3_ref.Preset.file
+    monkeypatch.setattr(
+        phi3_ref.Preset, "file", lambda preset, name: asked.append(name) or file(preset, name)
+    )
+    for directory in (keras_preset, huggingface_preset):
+        phi3_ref.Phi3CausalLM.from_preset(directory, load_weights=False)
+        assert asked.count("config.json") == 1
+        assert len(set(asked)) == len(asked) and set(asked) <= set(phi3_ref.SMALL_FILES)
+        asked.clear()
 
 
 def test_hf_handles_serve_keras_presets_too(huggingface_hub_files, keras_written, keras_model):
@@ -798,6 +813,7 @@ def test_kaggle_handles_ask_for_the_files_of_the_model(
 ):
     """Built-in names and `kaggle://` handles: KerasHub's own; weights only if wanted."""
     import kagglehub
+    import requests
     from kagglehub.exceptions import KaggleApiHTTPError
 
     asked = []
@@ -806,7 +822,9 @@ def test_kaggle_handles_ask_for_the_files_of_the_model(
         assert path, "the whole model was asked for"
         asked.append((handle, path))
         if not (keras_written / path).exists():
-            raise KaggleApiHTTPError(f"404 Client Error. {path}")
+            response = requests.Response()
+            response.status_code = 404
+            raise KaggleApiHTTPError(f"404 Client Error. {path}", response)
         return str(keras_written / path)
 
     monkeypatch.setattr(kagglehub, "model_download", download)
@@ -822,6 +840,7 @@ def test_a_malformed_handle_is_an_error_that_names_it():
     """Unknown schemes and handles of the wrong length are refused; nothing is downloaded."""
     for preset, name in [
         ("kaggle://acme/phi3", "acme/phi3"), ("hf://acme/a/b", "acme/a/b"), ("s3://a/b", "s3"),
+        ("hf://acme/a@", "no revision"),
     ]:
         with pytest.raises(ValueError, match=name):
             phi3_ref.Phi3Backbone.from_preset(preset)
