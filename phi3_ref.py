@@ -805,25 +805,30 @@ def is_number(value):
 
 def check_config(config):
     """Raise ValueError unless a `Phi3Config` is possible; the message names what is wrong."""
-    for name in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim",
-                 "num_query_heads", "num_key_value_heads", "max_sequence_length",
-                 "pretraining_sequence_length"):
-        require_int(name, getattr(config, name))
-    for name in ("head_dim", "sliding_window"):
-        require_int(name, getattr(config, name), optional=True)
-    for name in ("fused", "tie_word_embeddings"):
-        require_bool(name, getattr(config, name))
-    for name, valid, interval in (
-        ("layer_norm_epsilon", lambda value: value >= 0, "[0, inf)"),
-        ("dropout", lambda value: 0 <= value < 1, "[0, 1)"),
-        ("rope_max_wavelength", lambda value: value >= 1, "[1, inf)"),
-        ("partial_rotary_factor", lambda value: 0 < value <= 1, "(0, 1]"),
-        ("rope_attention_factor", lambda value: value > 0, "(0, inf)"),
-    ):
-        value = getattr(config, name)
-        optional = name == "rope_attention_factor"
-        require((optional and value is None) or (is_number(value) and valid(value)),
-                f"`{name}` must be a number in {interval}. Received: {value!r}")
+
+    def check(names, valid, what):
+        for name in names.split():
+            value = getattr(config, name)
+            require(valid(value), f"`{name}` must be {what}. Received: {value!r}")
+
+    def is_size(value):
+        return is_int(value) and 1 <= value < 2**63
+
+    check("vocabulary_size num_layers hidden_dim intermediate_dim num_query_heads "
+          "num_key_value_heads max_sequence_length pretraining_sequence_length",
+          is_size, "an integer in [1, 2^63)")
+    check("head_dim sliding_window", lambda x: x is None or is_size(x),
+          "None or an integer in [1, 2^63)")
+    check("fused tie_word_embeddings", lambda x: isinstance(x, bool), "True or False")
+    check("layer_norm_epsilon", lambda x: is_number(x) and x >= 0, "a number in [0, inf)")
+    check("dropout", lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)")
+    check("rope_max_wavelength", lambda x: is_number(x) and x >= 1, "a number in [1, inf)")
+    check("partial_rotary_factor", lambda x: is_number(x) and 0 < x <= 1, "a number in (0, 1]")
+    check("rope_attention_factor", lambda x: x is None or (is_number(x) and x > 0),
+          "None or a number in (0, inf)")
+    check("rope_scaling_type", lambda x: x in (None, "su"), 'None or "su"')
+    check("dtype", lambda x: isinstance(x, str) and x in DTYPE_POLICIES,
+          f"one of {list(DTYPE_POLICIES)}")
     D, H, K = config.hidden_dim, config.num_query_heads, config.num_key_value_heads
     require(H % K == 0, f"`num_key_value_heads` ({K}) must divide `num_query_heads` ({H}).")
     require(config.head_dim or D % H == 0,
@@ -833,18 +838,12 @@ def check_config(config):
     require(R > 0 and R % 2 == 0,
             "RoPE rotates pairs: `head_dim` times `partial_rotary_factor` must be even. "
             f"Received: {C} and {config.partial_rotary_factor}")
-    require(config.rope_scaling_type in (None, "su"),
-            f'`rope_scaling_type` must be None or "su". Received: {config.rope_scaling_type!r}')
     if config.rope_scaling_type == "su":
-        require_int("pretraining_sequence_length", config.pretraining_sequence_length, low=2)
-        for name in ("rope_scaling_short_factor", "rope_scaling_long_factor"):
-            factors = getattr(config, name)
-            require(isinstance(factors, (list, tuple)) and len(factors) == R // 2
-                    and all(is_number(factor) and np.float32(factor) > 0 for factor in factors),
-                    f"`{name}` must be a list of {R // 2} positive numbers, one for each pair that "
-                    f"RoPE rotates. Received: {factors!r}")
-    require(isinstance(config.dtype, str) and config.dtype in DTYPE_POLICIES,
-            f"`dtype` must be one of {list(DTYPE_POLICIES)}. Received: {config.dtype!r}")
+        check("pretraining_sequence_length", lambda x: x > 1, "more than 1")
+        check("rope_scaling_short_factor rope_scaling_long_factor",
+              lambda factors: isinstance(factors, (list, tuple)) and len(factors) == R // 2
+              and all(is_number(factor) and np.float32(factor) > 0 for factor in factors),
+              f"a list of {R // 2} positive numbers, one for each pair that RoPE rotates")
     layers = config.num_layers * (4 * H * C + 3 * config.intermediate_dim + 2)
     require(D * (2 * config.vocabulary_size + layers) < 2**60,
             "No memory holds a model of this size.")
@@ -2109,9 +2108,7 @@ class Phi3CausalLMPreprocessor:
 
 
 class Sampler:
-    """Base class of the rules that choose the next token, in `get_next_token`.
-
-    `get_next_token(probabilities)` takes [B, V], float32, and returns one token per row, [B] int.
+    """The rule that chooses the next token; base class of KerasHub's, and of your own.
 
     Args:
         temperature: float > 0; the logits are divided by it.
@@ -2120,6 +2117,9 @@ class Sampler:
     Source: KerasHub's `keras_hub/src/samplers`.
     """
 
+    k = None  # int: only the k most probable tokens are candidates
+    p = None  # float: of these, only the first whose probabilities sum to more than p
+
     def __init__(self, temperature=1.0, seed=None):
         require(is_number(temperature) and temperature > 0,
                 f"`temperature` must be a number > 0. Received: {temperature!r}")
@@ -2127,20 +2127,21 @@ class Sampler:
         self.temperature = temperature
         self.rng = np.random.default_rng(seed)
 
-    def draw(self, weights, tokens):
-        """Draw one of `tokens` per row with probability proportional to `weights`.
-
-        Args:
-            weights: [B, N], float.
-            tokens: [B, N], int.
-
-        Returns:
-            [B], int.
-        """
-        xp = get_array_module(weights)
-        cumulative = weights.cumsum(axis=-1, dtype=np.float64)
-        point = xp.asarray(self.rng.random((len(weights), 1))) * cumulative[:, -1:]
-        index = (cumulative <= point).sum(axis=-1, keepdims=True)
+    def get_next_token(self, probabilities):
+        """Return one token per row, [B] int, drawn by probabilities [B, V], float32."""
+        xp, V = get_array_module(probabilities), probabilities.shape[-1]
+        weights, tokens = probabilities, xp.broadcast_to(xp.arange(V), probabilities.shape)
+        if self.k is not None or self.p is not None:
+            weights, tokens = top_k(probabilities, self.k or V)
+        if self.p is not None:
+            kept = weights.cumsum(axis=-1) <= self.p
+            kept[:, 1:] = kept[:, :-1].copy()  # the token that exceeds p stays, too
+            kept[:, 0] = True
+            weights = weights * kept
+        # The candidates lie side by side on a line, as wide as they weigh: take a random point.
+        ends = weights.cumsum(axis=-1, dtype=np.float64)
+        point = xp.asarray(self.rng.random((len(weights), 1))) * ends[:, -1:]
+        index = (ends <= point).sum(axis=-1, keepdims=True)
         return xp.take_along_axis(tokens, index, axis=-1)[:, 0]
 
 
@@ -2148,47 +2149,25 @@ class GreedySampler(Sampler):
     """Choose the most probable token."""
 
     def get_next_token(self, probabilities):
-        """See `Sampler`."""
+        """Return the most probable token of each row, [B] int."""
         return probabilities.argmax(axis=-1)
 
 
 class RandomSampler(Sampler):
     """Draw from the whole distribution."""
 
-    def get_next_token(self, probabilities):
-        """See `Sampler`."""
-        xp = get_array_module(probabilities)
-        tokens = xp.broadcast_to(xp.arange(probabilities.shape[-1]), probabilities.shape)
-        return self.draw(probabilities, tokens)
-
 
 class TopKSampler(Sampler):
-    """Draw from the most probable tokens only.
-
-    Args:
-        k: int, how many.
-        **kwargs: those of `Sampler`.
-
-    Source: https://arxiv.org/abs/1805.04833.
-    """
+    """Draw from the `k` most probable tokens; https://arxiv.org/abs/1805.04833."""
 
     def __init__(self, k=5, **kwargs):
         super().__init__(**kwargs)
         require_int("k", k)
         self.k = k
 
-    def get_next_token(self, probabilities):
-        """See `Sampler`."""
-        return self.draw(*top_k(probabilities, self.k))
-
 
 class TopPSampler(Sampler):
-    """Draw from the fewest most probable tokens whose probabilities sum to more than `p`.
-
-    Args:
-        p: float in [0, 1].
-        k: int or None; only the `k` most probable tokens are candidates.
-        **kwargs: those of `Sampler`.
+    """Draw from the fewest most probable of the `k` most probable tokens that sum to more than `p`.
 
     Source: https://arxiv.org/abs/1904.09751.
     """
@@ -2198,14 +2177,6 @@ class TopPSampler(Sampler):
         require(is_number(p) and 0 <= p <= 1, f"`p` must be in [0, 1]. Received: {p!r}")
         require_int("k", k, optional=True)
         self.p, self.k = p, k
-
-    def get_next_token(self, probabilities):
-        """See `Sampler`."""
-        best, tokens = top_k(probabilities, self.k or probabilities.shape[-1])
-        kept = best.cumsum(axis=-1) <= self.p
-        kept[:, 1:] = kept[:, :-1].copy()  # the token that exceeds p stays, too
-        kept[:, 0] = True
-        return self.draw(best * kept, tokens)
 
 
 class BeamSampler(Sampler):
