@@ -1719,6 +1719,7 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         self.pad_token_id = pad or 0  # under a mask of zeros, any id will do
         self.ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.pieces = {token_id: piece for piece, token_id in self.ids.items()}
+        require(len(self.pieces) == len(self.ids), f"{self.path} gives two tokens one id")
         # What the post-processor puts before a text counts, whatever the settings say.
         with malformed(self.path):
             encoding = self.tokenizer.encode("a", add_special_tokens=True)

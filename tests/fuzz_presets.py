@@ -112,7 +112,8 @@ def main():
     rows = collections.defaultdict(collections.Counter)
     for change, outcomes in counts.items():
         group = change.split()[0]
-        rows[group if group in ("JSON", "safetensors", "HDF5", "index", "vocabulary")
+        rows[group if group in ("JSON", "safetensors", "HDF5", "index", "vocabulary",
+                               "tokenizer")
              else "bytes and files"].update(outcomes)
     rows["all"] = sum(rows.values(), collections.Counter())
     print(f"\n| what was changed | kinds of change | cases | {' | '.join(KINDS)} |")
