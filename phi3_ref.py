@@ -1732,8 +1732,8 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         """Return the tokens that the settings add to tokenizer.json, or whose flags they change."""
         from tokenizers import AddedToken
 
-        decoder = config.get("added_tokens_decoder", {})
-        tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder, key=int)]
+        decoder = {int(i): flags for i, flags in config.get("added_tokens_decoder", {}).items()}
+        tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
         known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
         names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
         special = [config[name] for name in names if config.get(name)]
@@ -1762,8 +1762,9 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
                 "the tokenizer.model that it was made from beside it, if there is one.")
         with malformed(path):
             model = ModelProto.FromString(read_small(path))
+        added = self.tokenizer.get_added_tokens_decoder()
         for token_id, piece in sorted(self.pieces.items()):
-            if token_id == len(model.pieces):
+            if token_id == len(model.pieces) and token_id in added:
                 model.pieces.add(piece=piece, score=0.0, type=model.SentencePiece.USER_DEFINED)
             require(token_id < len(model.pieces) and model.pieces[token_id].piece == piece,
                     f"{path} has no place for the token {piece!r} at {token_id}, where "
