@@ -1580,8 +1580,8 @@ class Phi3Tokenizer:
 
         Joined, the pieces are `detokenize(list(token_ids))`.
         """
-        # A token's text depends on what is before it: at the start, its space is left out. One
-        # token with a text of its own is enough of that: decode behind it, and cut its text off.
+        # A token's text depends on what is before it: at the start, its space is left out. Of that,
+        # one token with a text of its own is enough: decode behind it, and leave out its text.
         waiting, shown = [], 0
         for token_id in (i for i in map(int, token_ids) if i in self.pieces):
             waiting.append(token_id)
@@ -1706,21 +1706,19 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         with malformed(f"{preset.name}/tokenizer_config.json or special_tokens_map.json"):
             self.tokenizer.add_tokens(self.added_tokens(config))
             self.tokenizer.encode_special_tokens = config.get("split_special_tokens", False)
+            names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk")]
             start, self.end_token_id, pad, self.unknown_token_id = (
                 self.tokenizer.token_to_id(flags_of(config[name])["content"])
-                if config.get(name) else None
-                for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-            )
-        # transformers mends the spaces around punctuation for no BPE, and we for no model.
+                if config.get(name) else None for name in names)
+        self.pad_token_id = pad or 0  # under a mask of zeros, any id will do
+        # transformers mends the spaces around punctuation, if asked to, but never those of a BPE.
         require(not config.get("clean_up_tokenization_spaces")
                 or isinstance(self.tokenizer.model, tokenizers.models.BPE),
-                f"{preset.name}/tokenizer_config.json: clean_up_tokenization_spaces is for models "
-                "of BERT's kind. Set it to false.")
-        self.pad_token_id = pad or 0  # under a mask of zeros, any id will do
+                f"{preset.name}/tokenizer_config.json: clean_up_tokenization_spaces must be false")
         self.ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.pieces = {token_id: piece for piece, token_id in self.ids.items()}
         require(len(self.pieces) == len(self.ids), f"{self.path} gives two tokens one id")
-        # What the post-processor puts before a text counts, whatever the settings say.
+        # Whether texts get a start token, and which, is what the post-processor does to one.
         with malformed(self.path):
             encoding = self.tokenizer.encode("a", add_special_tokens=True)
         added = list(itertools.takewhile(bool, encoding.special_tokens_mask))
@@ -1760,8 +1758,9 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         path = self.preset.file("tokenizer.model")
         require(path is not None, f"{self.path}: Keras's format takes a SentencePiece model. Put "
                 "the tokenizer.model that it was made from beside it, if there is one.")
+        content = read_small(path)
         with malformed(path):
-            model = ModelProto.FromString(read_small(path))
+            model = ModelProto.FromString(content)
         added = self.tokenizer.get_added_tokens_decoder()
         for token_id, piece in sorted(self.pieces.items()):
             if token_id == len(model.pieces) and token_id in added:
@@ -1769,9 +1768,8 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             require(token_id < len(model.pieces) and model.pieces[token_id].piece == piece,
                     f"{path} has no place for the token {piece!r} at {token_id}, where "
                     "tokenizer.json has it")
-        proto = model.SerializeToString(deterministic=True)
-        with malformed(path):
-            return Phi3Tokenizer(proto).proto  # has it what Keras asks for?
+        with malformed(path):  # which lacks a special token that Keras needs, say
+            return Phi3Tokenizer(model.SerializeToString(deterministic=True)).proto
 
 
 def flags_of(token):

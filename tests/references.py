@@ -5,6 +5,7 @@ rotations as complex numbers, everything in float64. Below them stand builders o
 models in KerasHub and transformers, and of configurations and inputs to try them on.
 """
 
+import importlib.metadata
 import json
 import math
 import os
@@ -25,6 +26,13 @@ EPSILON = {name: float(ml_dtypes.finfo(dtype).eps) for name, dtype in NUMPY_DTYP
 def examples(number):
     """Returns how many examples Hypothesis draws: `number`, or EXAMPLES times as many."""
     return number * int(os.environ.get("EXAMPLES", 1))
+
+
+def seen_with(package, version):
+    """Returns what an assertion of a reference's own deviation says where it fails."""
+    return (f"So it was with {package} {version}; {importlib.metadata.version(package)} is "
+            "installed. If it does otherwise now, so must this test, and the README's table of "
+            "where the references disagree.")
 
 
 def relative_error(ours, reference, mask=None):

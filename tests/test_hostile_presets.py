@@ -46,7 +46,7 @@ INDEX = {
     "swapped shards": f"is in another file|{ELSEWHERE}", "extra entry": None,
 }
 VOCABULARY = {
-    "more": "The tokenizer has|malformed tokenizer", "none": "SentencePiece|malformed tokenizer",
+    "more": "The tokenizer has", "none": "SentencePiece",
     "twice": "is already defined", "score": None, "sampling": None,
 }
 # Kind of change of a tokenizer.json: what may become of it, and what a refusal says.

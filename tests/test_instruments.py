@@ -627,7 +627,9 @@ def test_a_norm_that_scales_after_the_cast(tmp_path):
     causal_lm = phi3_ref.Phi3CausalLM.from_preset(directory, dtype="bfloat16")
     ours = phi3_ref.Trace.record(causal_lm, inputs)
     comparison = phi3_ref.compare(ours, transformers_trace(model, **inputs), tolerance=1e-3)
-    assert comparison.first.name == name and 0.5 <= comparison.first.ulps <= 1
+    assert comparison.first is not None and comparison.first.name == name, (
+        ref.seen_with("transformers", "5.24.0"))
+    assert 0.5 <= comparison.first.ulps <= 1
 
     model = ref.keras_backbone(TINY, "bfloat16")
     ours = phi3_ref.Trace.record(phi3_ref.Phi3CausalLM(ref.ours_like(model)), inputs)
