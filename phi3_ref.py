@@ -1582,6 +1582,7 @@ class Phi3Tokenizer:
         """
         # A token's text depends on what is before it: at the start, its space is left out. Of that,
         # one token with a text of its own is enough: decode behind it, and leave out its text.
+        # (`tokenizers.decoders.DecodeStream` fails where a byte spoils the bytes before it.)
         waiting, shown = [], 0
         for token_id in (i for i in map(int, token_ids) if i in self.pieces):
             waiting.append(token_id)
@@ -1704,13 +1705,10 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
         with malformed(f"{preset.name}/tokenizer_config.json or special_tokens_map.json"):
-            self.tokenizer.add_tokens(self.added_tokens(config))
+            ids = self.add_tokens(config)
             self.tokenizer.encode_special_tokens = config.get("split_special_tokens", False)
-            names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk")]
-            start, self.end_token_id, pad, self.unknown_token_id = (
-                self.tokenizer.token_to_id(flags_of(config[name])["content"])
-                if config.get(name) else None for name in names)
-        self.pad_token_id = pad or 0  # under a mask of zeros, any id will do
+        self.end_token_id, self.unknown_token_id = ids.get("eos_token"), ids.get("unk_token")
+        self.pad_token_id = ids.get("pad_token") or 0  # under a mask of zeros, any id will do
         # transformers mends the spaces around punctuation, if asked to, but never those of a BPE.
         require(not config.get("clean_up_tokenization_spaces")
                 or isinstance(self.tokenizer.model, tokenizers.models.BPE),
@@ -1724,21 +1722,32 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         added = list(itertools.takewhile(bool, encoding.special_tokens_mask))
         require(len(added) < 2, f"{self.path} puts more than one token before a text")
         self.adds_start_token = bool(added)
-        self.start_token_id = encoding.ids[0] if added else start
+        self.start_token_id = encoding.ids[0] if added else ids.get("bos_token")
 
-    def added_tokens(self, config):
-        """Return the tokens that the settings add to tokenizer.json, or whose flags they change."""
+    def add_tokens(self, config):
+        """Add the tokens that the settings have beside tokenizer.json's, and give them their flags.
+
+        Returns:
+            {"bos_token": the id of the start token, …}, without those that have no name.
+        """
         from tokenizers import AddedToken
+
+        def flags_of(token):  # a str, or a dict that transformers has marked as an AddedToken
+            token = token if isinstance(token, dict) else {"content": token}
+            return {name: flag for name, flag in token.items() if name != "__type"}
 
         decoder = {int(i): flags for i, flags in config.get("added_tokens_decoder", {}).items()}
         tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
         known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
         names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
-        special = [config[name] for name in names if config.get(name)]
+        named = {name: flags_of(config[name]) for name in names if config.get(name)}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        special += extra.values() if isinstance(extra, dict) else extra
-        flags = [flags_of(token) | {"special": True} for token in special]
-        return tokens + [AddedToken(**token) for token in flags if token["content"] not in known]
+        extra = extra.values() if isinstance(extra, dict) else extra
+        tokens += [AddedToken(**flags | {"special": True})
+                   for flags in (*named.values(), *map(flags_of, extra))
+                   if flags["content"] not in known]
+        self.tokenizer.add_tokens(tokens)
+        return {name: self.tokenizer.token_to_id(flags["content"]) for name, flags in named.items()}
 
     def encode(self, text):
         """Return the token ids of one string."""
@@ -1770,12 +1779,6 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
                     "tokenizer.json has it")
         with malformed(path):  # which lacks a special token that Keras needs, say
             return Phi3Tokenizer(model.SerializeToString(deterministic=True)).proto
-
-
-def flags_of(token):
-    """Return what tokenizer_config.json says of a special token as a dict: its text, its flags."""
-    token = token if isinstance(token, dict) else {"content": token}
-    return {name: flag for name, flag in token.items() if name != "__type"}
 
 
 @contextlib.contextmanager
