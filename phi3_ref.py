@@ -1733,18 +1733,19 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         from tokenizers import AddedToken
 
         def flags_of(token):  # a str, or a dict that transformers has marked as an AddedToken
-            token = token if isinstance(token, dict) else {"content": token}
+            token = token if isinstance(token, dict) else {"content": token, "special": True}
             return {name: flag for name, flag in token.items() if name != "__type"}
 
         decoder = {int(i): flags for i, flags in config.get("added_tokens_decoder", {}).items()}
         tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
         known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
         names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
-        named = {name: flags_of(config[name]) for name in names if config.get(name)}
+        names += [name for name in config if name.endswith("_token")]  # "add_bos_token": a bool
+        named = {name: flags_of(config[name]) | {"special": True} for name in names
+                 if config.get(name) and not isinstance(config[name], bool)}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        extra = extra.values() if isinstance(extra, dict) else extra
-        tokens += [AddedToken(**flags | {"special": True})
-                   for flags in (*named.values(), *map(flags_of, extra))
+        extra = map(flags_of, extra.values() if isinstance(extra, dict) else extra)
+        tokens += [AddedToken(**flags) for flags in (*named.values(), *extra)
                    if flags["content"] not in known]
         self.tokenizer.add_tokens(tokens)
         return {name: self.tokenizer.token_to_id(flags["content"]) for name, flags in named.items()}
@@ -1789,7 +1790,7 @@ def malformed(path):
     except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
         raise
     except BaseException as error:  # so is a panic of `tokenizers`, which is written in Rust
-        raise ValueError(f"{path} is malformed: {error!r}") from error
+        raise ValueError(f"{path} is malformed: {error!r:.500}") from error
 
 
 def load_tokenizer(preset):

@@ -160,6 +160,16 @@ def test_a_vocabulary_with_a_piece_that_is_no_utf8_is_refused_by_name(judge):
         assert outcome.kind == "refused" and message in outcome.detail, outcome
 
 
+def test_what_a_library_quotes_is_cut_short(judge):
+    """Found by the fuzzer: a refusal that repeated 100,000 characters of a tokenizer.json."""
+    name = "huggingface, float32"
+    judge.write(name)
+    path = judge.directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"added_tokens": "x" * 100_000}))
+    outcome = judge.outcome(name)
+    assert outcome.kind == "refused" and "xxx" in outcome.detail, outcome
+
+
 def test_the_heap_of_hdf5s_attributes_is_not_read(judge):
     """Found by the fuzzer: the HDF5 library looks for an attribute's text in it, and never ends."""
     name = "keras, bfloat16"
