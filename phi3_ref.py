@@ -1646,143 +1646,58 @@ ROLES = ("system", "user", "assistant")
 
 
 class Phi3Tokenizer:
-    """Text to token ids and back, with SentencePiece.
+    """Text to token ids and back, with SentencePiece: the tokenizer of a Keras preset.
 
     A space is written "▁", and one is put before the text. BPE then merges neighbouring pieces,
     best score first, beginning with single characters; a character that is no piece becomes its
-    UTF-8 bytes, "<0x00>" to "<0xFF>".
-
-    Special tokens such as "<|user|>" come in two ways. In a Keras vocabulary they are pieces that
-    no merge crosses. In a Hugging Face directory they are *added tokens*: cut out of the text
-    first, with the whitespace their flags give them; the segments between are encoded one by one.
+    UTF-8 bytes, "<0x00>" to "<0xFF>". Special tokens such as "<|user|>" are pieces that no merge
+    crosses.
 
     Args:
         proto: a SentencePiece model with the special tokens: its path, or its content as bytes.
-        added_tokens: None for a Keras vocabulary, else {token id: {"content": str, and the flags
-            "lstrip", "rstrip", "normalized"}}.
-        prefix: with added tokens, what "a<|end|>b" becomes: "first": "▁a", "b"; "always": "▁a",
-            "▁b"; "prepend": so too, even where a segment begins with a space; "never": "a", "b".
-        strip_prefix: bool, whether `detokenize` then takes off one leading space.
 
     Raises:
         ValueError: `proto` is no SentencePiece model, or lacks "<s>" or "<|endoftext|>".
 
-    Source: KerasHub's `Phi3Tokenizer`; Hugging Face's `added_vocabulary.rs` and `metaspace.rs`.
+    Source: KerasHub's `Phi3Tokenizer`.
     """
 
-    def __init__(self, proto, *, added_tokens=None, prefix="never", strip_prefix=False):
+    def __init__(self, proto):
         import sentencepiece
 
         name = "`proto`" if isinstance(proto, bytes) else str(proto)
         self.proto = proto if isinstance(proto, bytes) else read_small(pathlib.Path(proto))
-        self.added_tokens, self.prefix, self.strip_prefix = added_tokens, prefix, strip_prefix
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
-            self.processor.load_from_serialized_proto(self.encoding_proto())
-            self.token_ids = range(self.processor.vocab_size())
-            self.pieces = [self.processor.id_to_piece(token_id) for token_id in self.token_ids]
-        except Exception as error:  # SentencePiece and protobuf raise each their own
+            self.processor.load_from_serialized_proto(self.proto)
+            token_ids = range(self.processor.vocab_size())
+            self.pieces = {token_id: self.processor.id_to_piece(token_id) for token_id in token_ids}
+        except Exception as error:  # SentencePiece raises its own
             raise ValueError(f"{name} is not a SentencePiece model: {error}") from error
-        self.ids = {piece: token_id for token_id, piece in enumerate(self.pieces)}
+        self.ids = {piece: token_id for token_id, piece in self.pieces.items()}
         for token in (START_TOKEN, END_TOKEN):
             require(token in self.ids, f"{name} lacks the special token {token!r}")
         self.start_token_id, self.end_token_id = self.ids[START_TOKEN], self.ids[END_TOKEN]
-        self.special_token_ids = [self.start_token_id, self.end_token_id]
-        self.pad_token_id = 0
-        # The tokens to find in the text itself, and those to find in what "prepend" makes of it.
-        self.patterns = [self.added_pattern(False), self.added_pattern(True)]
-
-    def encoding_proto(self):
-        """Return the model to encode with: added tokens and prefix, if any, are left to us."""
-        if self.added_tokens is None:
-            return self.proto
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-        model = ModelProto.FromString(self.proto)
-        model.normalizer_spec.Clear()
-        model.normalizer_spec.add_dummy_prefix = False
-        model.normalizer_spec.remove_extra_whitespaces = False
-        for piece in model.pieces:
-            if piece.type == piece.USER_DEFINED:
-                piece.type = piece.CONTROL  # which no text encodes to
-        return model.SerializeToString()
-
-    def added_pattern(self, normalized):
-        """Return a regular expression of the added tokens, and their ids in its groups' order."""
-        spaces = r"[^\S\x1c-\x1f]*"  # \s, less four characters that only Python counts as spaces
-        tokens = [
-            (self.normalize(token["content"]) if normalized else token["content"], token_id, token)
-            for token_id, token in (self.added_tokens or {}).items()
-            if token.get("normalized", False) == normalized
-        ]
-        tokens.sort(key=lambda token: -len(token[0]))  # the longest match counts
-        pattern = "|".join(
-            (spaces if flags.get("lstrip") else "") + f"({re.escape(content)})"
-            + (spaces if flags.get("rstrip") else "")
-            for content, _, flags in tokens
-        )
-        return re.compile(pattern or "(?!)"), [token[1] for token in tokens]  # (?!) never matches
-
-    def normalize(self, segment):
-        """Return a segment as "prepend" rewrites it, before the second kind of token is found."""
-        prepend = segment and self.prefix == "prepend"
-        return "▁" + segment.replace(" ", "▁") if prepend else segment
-
-    def split(self, text, normalized):
-        """Yield each segment of the text and the id of the added token behind it, or None."""
-        (pattern, token_ids), end = self.patterns[normalized], 0
-        for match in pattern.finditer(text):
-            yield text[end : match.start()], token_ids[match.lastindex - 1]
-            end = match.end()
-        yield text[end:], None
+        self.pad_token_id, self.unknown_token_id = 0, self.processor.unk_id()
 
     def encode(self, text):
         """Return the token ids of one string."""
-        if self.added_tokens is None:
-            return self.processor.encode(text)
-        token_ids, first = [], True
-        for segment, token_id in self.split(text, normalized=False):
-            for part, inner_id in self.split(self.normalize(segment), normalized=True):
-                add_space = self.prefix == "always" or (self.prefix == "first" and first)
-                if part and add_space and not part.startswith((" ", "▁")):
-                    part = "▁" + part
-                token_ids += [*self.processor.encode(part), inner_id]
-                first = False
-            token_ids.append(token_id)
-        return [token_id for token_id in token_ids if token_id is not None]
+        return self.processor.encode(text)
+
+    def decode(self, token_ids):
+        """Return the text of token ids, all of them in the vocabulary."""
+        return self.processor.decode(token_ids)
 
     def tokenize(self, text):
         """Return the token ids of a str, or a list of them for a list of str; no start token."""
-        if isinstance(text, str):
-            return self.encode(text)
-        require(isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text),
+        texts = [text] if isinstance(text, str) else text
+        require(isinstance(texts, (list, tuple)) and all(isinstance(item, str) for item in texts),
                 f"`text` must be a string or a list of strings. Received: {text!r}")
-        return [self.encode(item) for item in text]
+        for item in texts:
+            item.encode()  # half of a surrogate pair is no text: a UnicodeEncodeError says so
+        return self.encode(text) if isinstance(text, str) else [self.encode(item) for item in text]
 
     __call__ = tokenize
-
-    def decode(self, token_ids, at_start=True):
-        """Return the text of token ids that stand at the start of a text, or further on."""
-        if self.added_tokens is None:
-            # SentencePiece drops the first space, which `encode` put there. Further on the space is
-            # real: so decode behind an unknown token, and cut that token's text off.
-            before = [] if at_start else [self.processor.unk_id()]
-            return self.processor.decode(before + token_ids)[len(self.processor.decode(before)) :]
-        text, run = "", b""
-        for token_id in [*token_ids, None]:
-            if token_id is not None and self.processor.is_byte(token_id):
-                run += bytes.fromhex(self.pieces[token_id][3:5])
-                continue
-            try:
-                text += run.decode()
-            except UnicodeDecodeError:  # one bad byte spoils its whole run
-                text += "�" * len(run)
-            run = b""
-            if token_id is not None:
-                normalized = self.added_tokens.get(token_id, {}).get("normalized")
-                piece = self.pieces[token_id]
-                text += (self.normalize(piece) if normalized else piece).replace("▁", " ")
-        return text.removeprefix(" ") if at_start and self.strip_prefix else text
 
     def detokenize(self, token_ids):
         """Return the text of a sequence of token ids, or a list of texts for a batch of them.
@@ -1791,35 +1706,48 @@ class Phi3Tokenizer:
         """
         if len(token_ids) and np.ndim(token_ids[0]):
             return [self.detokenize(row) for row in token_ids]
-        return self.decode([i for i in map(int, token_ids) if i in self.token_ids])
+        return self.decode([i for i in map(int, token_ids) if i in self.pieces])
 
     def detokenize_stream(self, token_ids):
         """Yield the text of token ids in pieces, each as soon as no later token can change it.
 
-        Joined, the pieces are `detokenize(list(token_ids))`. A run of byte tokens, which may end
-        within a character, waits for the token that ends it.
+        Joined, the pieces are `detokenize(list(token_ids))`.
         """
-        waiting, at_start = [], True
-        for token_id in (i for i in map(int, token_ids) if i in self.token_ids):
+        # A token's text depends on what is before it: at the start, its space is left out. Of that,
+        # one token with a text of its own is enough: decode behind it, and leave out its text.
+        # (`tokenizers.decoders.DecodeStream` fails where a byte spoils the bytes before it.)
+        waiting, shown = [], 0
+        for token_id in (i for i in map(int, token_ids) if i in self.pieces):
             waiting.append(token_id)
-            text = "" if self.processor.is_byte(token_id) else self.decode(waiting, at_start)
-            if text:
-                yield text
-                waiting, at_start = [], False
-        yield self.decode(waiting, at_start)
+            if re.fullmatch("<0x..>", self.pieces[token_id], re.DOTALL):
+                continue  # one bad byte spoils its whole run: wait for what ends it
+            text = self.decode(waiting)
+            certain = len(text.rstrip("�"))  # "�" may be the beginning of a character
+            if certain > shown:
+                yield text[shown:certain]
+                shown = certain
+            context = self.decode(waiting[-1:])
+            if context and certain == len(text):
+                waiting, shown = waiting[-1:], len(context)
+        yield self.decode(waiting)[shown:]
+
+    @property
+    def special_token_ids(self):
+        """The ids that are no part of an answer's text: those of the start and end tokens."""
+        return [i for i in (self.start_token_id, self.end_token_id) if i is not None]
 
     def token_to_id(self, token):
-        """Return the id of a token; of an unknown one, that of "<unk>"."""
-        return self.ids.get(token, self.processor.unk_id())
+        """Return the id of a token; of an unknown one, that of "<unk>" or None."""
+        return self.ids.get(token, self.unknown_token_id)
 
     def id_to_token(self, token_id):
         """Return the token with this id."""
-        require(token_id in self.token_ids, f"there is no token with the id {token_id!r}")
+        require(token_id in self.pieces, f"there is no token with the id {token_id!r}")
         return self.pieces[token_id]
 
     def vocabulary_size(self):
-        """Return the number of tokens; a model's may be larger."""
-        return len(self.pieces)
+        """Return how many ids there are, unused ones in between included; a model may have more."""
+        return max(self.pieces, default=-1) + 1
 
     def apply_chat_template(self, messages, add_generation_prompt=True):
         """Return a conversation in the form that Phi-3 was trained on.
@@ -1850,28 +1778,31 @@ class Phi3Tokenizer:
         Raises:
             FileNotFoundError: there is no such preset.
             OSError: a file cannot be read.
-            ValueError: its files are malformed, or it has no SentencePiece tokenizer.
+            ValueError: its files are malformed, or it has no tokenizer.
         """
         tokenizer, _ = load_tokenizer(Preset(preset))
-        require(tokenizer is not None, f"preset {str(preset)!r} has no SentencePiece tokenizer")
+        require(tokenizer is not None, f"preset {str(preset)!r} has no tokenizer")
         return tokenizer
 
     def save_to_preset(self, directory):
-        """Write the tokenizer to `directory` in Keras's format, which has no added tokens.
+        """Write the tokenizer to `directory` in Keras's format.
 
-        They become pieces, at the same ids, and lose their flags.
+        That of a Hugging Face directory needs the `tokenizer.model` there. Its added tokens become
+        pieces, at the same ids, and lose their flags.
 
         Args:
             directory: str or path; made if need be.
 
         Raises:
             OSError: a file cannot be written.
+            ValueError: Keras's format cannot express the tokenizer.
         """
+        proto = self.proto
         with staged(directory) as temporary:
             write_json(temporary / "tokenizer.json", self.keras_object())
             assets = temporary / "assets" / "tokenizer"
             assets.mkdir(parents=True)
-            (assets / "vocabulary.spm").write_bytes(self.proto)
+            (assets / "vocabulary.spm").write_bytes(proto)
 
     def keras_object(self):
         """Return the dict that describes the tokenizer in Keras's JSON files."""
@@ -1879,11 +1810,124 @@ class Phi3Tokenizer:
         return keras_object("models.phi3.phi3_tokenizer", "Phi3Tokenizer", config)
 
 
-def load_tokenizer(preset):
-    """Return a Preset's Phi3Tokenizer, and a dict of what the preset says of its preprocessor.
+class HuggingFaceTokenizer(Phi3Tokenizer):
+    """The tokenizer of a Hugging Face directory, which transformers' library `tokenizers` runs.
 
-    The tokenizer is None where there is none, or one of another kind (Phi-4's).
+    tokenizer.json describes it whole: Phi-3's BPE over characters, Phi-4's over bytes, or another.
+    Special tokens are *added tokens*: cut out of the text first, with the whitespace that their
+    flags give them; the segments between are encoded one by one.
+
+    Args:
+        preset: Preset, in Hugging Face's format, with a tokenizer.json.
+
+    Raises:
+        ValueError: a file is malformed. Encoding raises it, too, where only a text shows that.
+
+    Source: transformers' `TokenizersBackend`, and `_from_pretrained` of its base class.
     """
+
+    def __init__(self, preset):
+        import tokenizers
+
+        self.preset, self.path = preset, preset.file("tokenizer.json")
+        content, config = read_small(self.path), preset.json("tokenizer_config.json") or {}
+        if "added_tokens_decoder" not in config:  # the oldest settings lack it, and the newest
+            config |= preset.json("special_tokens_map.json") or {}
+        with malformed(self.path):
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+        with malformed(f"{preset.name}/tokenizer_config.json or special_tokens_map.json"):
+            ids = self.add_tokens(config)
+            self.tokenizer.encode_special_tokens = config.get("split_special_tokens", False)
+        self.end_token_id, self.unknown_token_id = ids.get("eos_token"), ids.get("unk_token")
+        self.pad_token_id = ids.get("pad_token") or 0  # under a mask of zeros, any id will do
+        # transformers mends the spaces around punctuation, if asked to, but never those of a BPE.
+        require(not config.get("clean_up_tokenization_spaces")
+                or isinstance(self.tokenizer.model, tokenizers.models.BPE),
+                f"{preset.name}/tokenizer_config.json: clean_up_tokenization_spaces must be false")
+        self.ids = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.pieces = {token_id: piece for piece, token_id in self.ids.items()}
+        require(len(self.pieces) == len(self.ids), f"{self.path} gives two tokens one id")
+        # Whether texts get a start token, and which, is what the post-processor does to one.
+        with malformed(self.path):
+            encoding = self.tokenizer.encode("a", add_special_tokens=True)
+        added = list(itertools.takewhile(bool, encoding.special_tokens_mask))
+        require(len(added) < 2, f"{self.path} puts more than one token before a text")
+        self.adds_start_token = bool(added)
+        self.start_token_id = encoding.ids[0] if added else ids.get("bos_token")
+
+    def add_tokens(self, config):
+        """Add the tokens that the settings have beside tokenizer.json's, and give them their flags.
+
+        Returns:
+            {"bos_token": the id of the start token, …}, without those that have no name.
+        """
+        from tokenizers import AddedToken
+
+        def flags_of(token):  # a str, or a dict that transformers has marked as an AddedToken
+            token = token if isinstance(token, dict) else {"content": token, "special": True}
+            return {name: flag for name, flag in token.items() if name != "__type"}
+
+        decoder = {int(i): flags for i, flags in config.get("added_tokens_decoder", {}).items()}
+        tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
+        known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
+        names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+        names += [name for name in config if name.endswith("_token")]  # "add_bos_token": a bool
+        named = {name: flags_of(config[name]) | {"special": True} for name in names
+                 if config.get(name) and not isinstance(config[name], bool)}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = map(flags_of, extra.values() if isinstance(extra, dict) else extra)
+        tokens += [AddedToken(**flags) for flags in (*named.values(), *extra)
+                   if flags["content"] not in known]
+        self.tokenizer.add_tokens(tokens)
+        return {name: self.tokenizer.token_to_id(flags["content"]) for name, flags in named.items()}
+
+    def encode(self, text):
+        """Return the token ids of one string."""
+        with malformed(self.path):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids):
+        """Return the text of token ids, all of them in the vocabulary."""
+        with malformed(self.path):
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    @property
+    def proto(self):
+        """The vocabulary in Keras's format: tokenizer.model, with the added tokens behind it."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        path = self.preset.file("tokenizer.model")
+        require(path is not None, f"{self.path}: Keras's format takes a SentencePiece model. Put "
+                "the tokenizer.model that it was made from beside it, if there is one.")
+        content = read_small(path)
+        with malformed(path):
+            model = ModelProto.FromString(content)
+        added = self.tokenizer.get_added_tokens_decoder()
+        for token_id, piece in sorted(self.pieces.items()):
+            if token_id == len(model.pieces) and token_id in added:
+                model.pieces.add(piece=piece, score=0.0, type=model.SentencePiece.USER_DEFINED)
+            require(token_id < len(model.pieces) and model.pieces[token_id].piece == piece,
+                    f"{path} has no place for the token {piece!r} at {token_id}, where "
+                    "tokenizer.json has it")
+        with malformed(path):  # which lacks a special token that Keras needs, say
+            return Phi3Tokenizer(model.SerializeToString(deterministic=True)).proto
+
+
+@contextlib.contextmanager
+def malformed(path):
+    """Turn what a library raises over the content of a file into a ValueError that names it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
+        raise
+    except BaseException as error:  # so is a panic of `tokenizers`, which is written in Rust
+        raise ValueError(f"{path} is malformed: {error!r:.500}") from error
+
+
+def load_tokenizer(preset):
+    """Return a Preset's tokenizer or None, and a dict of what it says of its preprocessor."""
     if preset.format == "keras":
         proto = preset.file("assets/tokenizer/vocabulary.spm")
         config = (preset.json("preprocessor.json") or {}).get("config", {})
@@ -1891,93 +1935,15 @@ def load_tokenizer(preset):
         names = ("sequence_length", "add_start_token", "add_end_token")
         config = {name: config[name] for name in names if name in config}
         return (None if proto is None else Phi3Tokenizer(proto)), config
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    fast, path = preset.json("tokenizer.json"), preset.file("tokenizer.model")
-    config = preset.json("tokenizer_config.json") or {}
-    model = ModelProto()
-    try:
-        if fast is not None and fast["model"].get("byte_fallback"):
-            added, prefix, strip_prefix, add_start_token = read_tokenizer_json(fast, model)
-        elif fast is None and path is not None:
-            names = preset.json("added_tokens.json") or {}
-            added, prefix, strip_prefix, add_start_token = read_tokenizer_model(
-                path, names, config, model
-            )
-        else:
-            return None, {}
-        model.normalizer_spec.add_dummy_prefix = prefix != "never"
-        added.update({int(i): token for i, token in config.get("added_tokens_decoder", {}).items()})
-        for token_id, token in sorted(added.items()):
-            if token_id == len(model.pieces):
-                model.pieces.add(piece=token["content"], type=model.SentencePiece.USER_DEFINED)
-            require(token_id < len(model.pieces)
-                    and model.pieces[token_id].piece == token["content"]
-                    and not token.get("single_word"), f"cannot add {token} with the id {token_id}")
-        tokenizer = Phi3Tokenizer(model.SerializeToString(deterministic=True),
-                                  added_tokens=added, prefix=prefix, strip_prefix=strip_prefix)
-    except Exception as error:  # whatever malformed files lead to
-        raise ValueError(f"preset {preset.name!r}: malformed tokenizer: {error!r}") from error
-    return tokenizer, {"add_start_token": add_start_token}
-
-
-def read_tokenizer_model(path, names, config, model):
-    """Read a tokenizer.model as `transformers.LlamaTokenizer` does, the class a Phi-3 names."""
-    model.ParseFromString(read_small(path))
-    added = {
-        token_id: {"content": piece.piece}
-        for token_id, piece in enumerate(model.pieces)
-        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)
-    }
-    added.update({token_id: {"content": name} for name, token_id in names.items()})
-    prefix = "always" if config.get("legacy") else "first"
-    prefix = "never" if config.get("add_prefix_space") is False else prefix
-    return added, prefix, prefix != "never", bool(config.get("add_bos_token"))
-
-
-def read_tokenizer_json(fast, model):
-    """Read a tokenizer.json as `transformers.AutoTokenizer` does, its BPE into `model`.
-
-    Returns:
-        (added tokens, prefix, strip_prefix, add_start_token): see `Phi3Tokenizer` and
-        `Phi3CausalLMPreprocessor`.
-    """
-    # What happens around the BPE.
-    prepend = {"type": "Prepend", "prepend": "▁"}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    steps = fast.get("normalizer") or {"normalizers": []}
-    steps = steps.get("normalizers", [steps])
-    metaspace = fast.get("pre_tokenizer") or {}
-    if not steps and metaspace.get("type") == "Metaspace" and metaspace.get("split") is False:
-        prefix = metaspace["prepend_scheme"]
-    else:
-        require(steps in ([prepend, replace], [replace]) and not metaspace,
-                f"unknown normalizer {steps} with pre_tokenizer {metaspace}")
-        prefix = "prepend" if prepend in steps else "never"
-    decoders = [step["type"] for step in fast["decoder"]["decoders"]]
-    require(decoders[:3] == ["Replace", "ByteFallback", "Fuse"], f"unknown decoder {decoders}")
-    template = (fast.get("post_processor") or {}).get("single", [])
-    add_start_token = any("SpecialToken" in part for part in template[:1])
-    added = {token["id"]: token for token in fast["added_tokens"]}
-
-    # The BPE: a piece scores the higher, the earlier in the list of merges it comes about.
-    bpe, scores = fast["model"], {}
-    for rank, merge in enumerate(bpe["merges"]):
-        merge = merge.split(" ") if isinstance(merge, str) else merge
-        scores.setdefault("".join(merge), -rank)
-    types = dict.fromkeys([token["content"] for token in added.values()], "USER_DEFINED")
-    types.update({START_TOKEN: "CONTROL", "</s>": "CONTROL"})
-    types[bpe.get("unk_token") or "<unk>"] = "UNKNOWN"
-    model.trainer_spec.model_type = model.trainer_spec.BPE
-    model.trainer_spec.byte_fallback = True
-    model.normalizer_spec.remove_extra_whitespaces = False
-    for token_id, piece in enumerate(sorted(bpe["vocab"], key=bpe["vocab"].get)):
-        require(bpe["vocab"][piece] == token_id, f"no piece has the id {token_id}")
-        kind = "NORMAL" if piece in scores or len(piece) == 1 else "UNUSED"
-        kind = "BYTE" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else types.get(piece, kind)
-        model.pieces.add(piece=piece, score=scores.get(piece, -len(bpe["merges"])),
-                         type=model.SentencePiece.Type.Value(kind))
-    return added, prefix, "Strip" in decoders, add_start_token
+    if preset.file("tokenizer.json") is None:
+        # How a tokenizer.model's added tokens are cut out of a text, it does not say.
+        require(preset.file("tokenizer.model") is None,
+                f"preset {preset.name!r} has a tokenizer.model and no tokenizer.json. Put Phi-3's "
+                "own beside it, or let transformers write one that gives the same ids: "
+                "AutoTokenizer.from_pretrained(directory, legacy=True).save_pretrained(directory)")
+        return None, {}
+    tokenizer = HuggingFaceTokenizer(preset)
+    return tokenizer, {"add_start_token": tokenizer.adds_start_token}
 
 
 class Phi3CausalLMPreprocessor:
@@ -1986,8 +1952,10 @@ class Phi3CausalLMPreprocessor:
     Args:
         tokenizer: Phi3Tokenizer.
         sequence_length: int, the length that every sequence is cut or padded to.
-        add_start_token: bool, put "<s>" before every text.
-        add_end_token: bool, put "<|endoftext|>" behind every text; never before generation.
+        add_start_token: bool, put "<s>", or the tokenizer's other start token, before every text;
+            False where it has none.
+        add_end_token: bool, put "<|endoftext|>", or its other end token, behind every text; never
+            before generation.
 
     Raises:
         ValueError: an argument's value is impossible.
@@ -2001,9 +1969,11 @@ class Phi3CausalLMPreprocessor:
         require(isinstance(add_start_token, bool) and isinstance(add_end_token, bool),
                 "`add_start_token` and `add_end_token` must be True or False. "
                 f"Received: {add_start_token!r}, {add_end_token!r}")
+        require(not add_end_token or tokenizer.end_token_id is not None,
+                "`add_end_token` must be False: the tokenizer has no end token")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self.add_start_token = add_start_token
+        self.add_start_token = add_start_token and tokenizer.start_token_id is not None
         self.add_end_token = add_end_token
 
     def pack(self, texts, length, add_end_token):
@@ -2063,7 +2033,7 @@ class Phi3CausalLMPreprocessor:
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
-        """Build the preprocessor of a preset, or None if it has no SentencePiece tokenizer.
+        """Build the preprocessor of a preset, or None if it has no tokenizer.
 
         Args:
             preset: see `Phi3Backbone.from_preset`.
@@ -2089,6 +2059,7 @@ class Phi3CausalLMPreprocessor:
 
         Raises:
             OSError: a file cannot be written.
+            ValueError: see `Phi3Tokenizer.save_to_preset`.
         """
         config = {
             "tokenizer": self.tokenizer.keras_object(),
@@ -2235,7 +2206,7 @@ class Phi3CausalLM:
     def from_preset(cls, preset, load_weights=True, **kwargs):
         """Build a causal LM from a preset; arguments and errors of `Phi3Backbone.from_preset`.
 
-        Its preprocessor is None where the preset has no SentencePiece tokenizer.
+        Its preprocessor is None where the preset has no tokenizer.
         """
         preset = Preset(preset)
         preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
@@ -2253,11 +2224,12 @@ class Phi3CausalLM:
 
         Raises:
             OSError: a file cannot be written.
+            ValueError: see `Phi3Tokenizer.save_to_preset`.
         """
         with staged(directory) as temporary:
-            self.backbone.save_to_preset(temporary)
-            if self.preprocessor is not None:
+            if self.preprocessor is not None:  # first, as this may be refused
                 self.preprocessor.save_to_preset(temporary)
+            self.backbone.save_to_preset(temporary)
 
     def compile(self, sampler="top_k"):
         """Choose how `generate` picks tokens.
@@ -2292,7 +2264,8 @@ class Phi3CausalLM:
                 with the prompts on the left and zeros in the mask where there is room.
             max_length: int, tokens of prompt and answer together; None is the preprocessor's
                 `sequence_length`. Not for a dict, whose length it is.
-            stop_token_ids: "auto" (<|endoftext|> and <|end|>), None, or ints.
+            stop_token_ids: "auto" (the tokenizer's end token, <|endoftext|> and <|end|>), None, or
+                ints.
             strip_prompt: bool; True returns the new text only.
             tap: None, or a function as for `Phi3Backbone.__call__`, called with the same names in
                 every forward pass: the first over the prompt, arrays [B, S, …], then one over each
@@ -2381,8 +2354,9 @@ class Phi3CausalLM:
             require(self.preprocessor is not None,
                     '`stop_token_ids="auto"` needs a preprocessor, and this model has none: '
                     "pass None or the token ids.")
-            ids = self.preprocessor.tokenizer.ids
-            return [ids[token] for token in (END_TOKEN, "<|end|>") if token in ids]
+            tokenizer = self.preprocessor.tokenizer
+            ids = [tokenizer.end_token_id, *map(tokenizer.ids.get, (END_TOKEN, "<|end|>"))]
+            return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
         if stop_token_ids is None:
             return None
         vocabulary = range(self.backbone.vocabulary_size)
