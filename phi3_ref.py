@@ -771,6 +771,58 @@ def huggingface_tensors(weights, config):
             yield huggingface_name(name), array
 
 
+def arguments_from_huggingface(config):
+    """Return `Phi3Backbone`'s arguments for a Hugging Face config.json, in either spelling of RoPE.
+
+    Args:
+        config: dict, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: the model is not one that `Phi3Backbone` computes.
+
+    Source: transformers' `Phi3Config` and `_compute_longrope_parameters`.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta", 10000),
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
+    require(kind in ("default", "su", "yarn", "longrope"),
+            f"RoPE of type {kind!r} is not Phi-3's")
+    require(config.get("hidden_act", "silu") == "silu",
+            f"hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
+    arguments = {
+        "vocabulary_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_dim": config["hidden_size"],
+        "intermediate_dim": config["intermediate_size"],
+        "num_query_heads": config["num_attention_heads"],
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "dropout": config.get("attention_dropout", 0.0),
+        "max_sequence_length": config.get("max_position_embeddings", 4096),
+        "pretraining_sequence_length": config.get(
+            "original_max_position_embeddings", rope.get("original_max_position_embeddings", 4096)
+        ),
+        "rope_max_wavelength": rope["rope_theta"],
+        "head_dim": config.get("head_dim"),
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "sliding_window": config.get("sliding_window"),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+    if kind != "default":
+        arguments["rope_scaling_type"] = "su"
+        arguments["rope_scaling_short_factor"] = rope["short_factor"]
+        arguments["rope_scaling_long_factor"] = rope["long_factor"]
+        arguments["rope_attention_factor"] = rope.get("attention_factor")
+        if rope.get("attention_factor") is None and rope.get("factor") is not None:
+            arguments["rope_attention_factor"] = su_magnitude(
+                rope["factor"], arguments["pretraining_sequence_length"]
+            )
+    return arguments
+
+
 # ---- Checks --------------------------------------------------------------------------------------
 
 
@@ -1196,446 +1248,6 @@ class Phi3Backbone(Backbone):
             write_weights(temporary / "model.weights.h5", self.weights, self.config)
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
-
-
-# ---- Presets: reading and writing ----------------------------------------------------------------
-
-
-# All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
-# its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
-SMALL_FILES = (
-    "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",  # and Keras's:
-    "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
-)
-
-
-class Preset:
-    """The files of a preset: a local directory, or a hub's, which its client fetches and keeps.
-
-    Args:
-        preset: see `Phi3Backbone.from_preset`; or a Preset, which is used again.
-
-    Raises:
-        ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
-        FileNotFoundError: there is no such preset, or it has no config.json.
-        PermissionError: the hub asks for a log-in, or for consent to the model's terms.
-        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
-    """
-
-    def __init__(self, preset):
-        if isinstance(preset, Preset):
-            vars(self).update(vars(preset))
-            return
-        self.name = str(preset)
-        location = Phi3Backbone.presets.get(self.name, self.name)
-        self.scheme, _, self.handle = location.rpartition("://")
-        require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
-        if not self.scheme and not os.path.isdir(self.handle):
-            raise FileNotFoundError(
-                f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
-                ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
-            )
-        self.directory = pathlib.Path(self.handle)
-        self.fetch(*SMALL_FILES)
-        self.config = self.json("config.json")
-        if self.config is None:
-            raise FileNotFoundError(f"preset {self.name!r} has no config.json")
-        self.format = "huggingface" if "model_type" in self.config else "keras"
-        found = self.config.get("model_type", self.config.get("registered_name"))
-        require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
-                f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
-
-    def fetch(self, *names):
-        """Fetch those of a Hugging Face repository's files that there are, always of one commit."""
-        if self.scheme != "hf":  # `file` fetches Kaggle's one by one
-            return
-        import huggingface_hub
-
-        repository, at, revision = self.handle.partition("@")
-        require(revision or not at, f"preset {self.name!r} has no revision after the @")
-        patterns = [glob.escape(name) for name in names]
-        with self.hub_errors(names[0]):
-            self.directory = pathlib.Path(huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=patterns
-            ))
-        self.handle = f"{repository}@{self.directory.name}"  # whose name is the commit
-
-    def file(self, name):
-        """Return the local path of one of the preset's files, or None where it has none."""
-        if self.scheme != "kaggle":
-            path = self.directory / name
-            return path if path.is_file() else None
-        import kagglehub
-
-        try:
-            with self.hub_errors(name):
-                return pathlib.Path(kagglehub.model_download(self.handle, name))
-        except (FileNotFoundError, ValueError) as error:
-            # There is no such file, says the hub; or its cache, where that has the whole model.
-            absent = re.search("404 Client Error|is not present in", str(error))
-            if absent and name != "config.json":
-                return None
-            raise
-
-    @contextlib.contextmanager
-    def hub_errors(self, name):
-        """Turn what a hub's client raises, each its own, into what `Preset` documents."""
-        try:
-            yield
-        except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            malformed = isinstance(error, ValueError) and not isinstance(error, OSError)
-            if malformed or getattr(error, "errno", None):  # or the disk is full, say
-                raise
-            kind, advice = {
-                401: (PermissionError, "check the name, or log in"),
-                403: (PermissionError, "accept the model's terms on its page, and log in"),
-                404: (FileNotFoundError, "check the name, and the revision if it says one"),
-            }.get(status, (ConnectionError, "try again; what was fetched before is kept"))
-            raise kind(f"{name} of preset {self.name!r}: {advice}. {error}") from error
-
-    def json(self, name):
-        """Return the object in one of the preset's JSON files, or None where there is no file."""
-        path = self.file(name)
-        if path is None:
-            return None
-        try:
-            content = parse_json(read_small(path))
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
-        return content
-
-    def backbone_config(self):
-        """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
-        if self.format == "huggingface":
-            try:
-                return arguments_from_huggingface(self.config)
-            except KeyError as error:
-                raise ValueError(f"it lacks {error}") from error
-            except (ArithmeticError, TypeError) as error:
-                raise ValueError(f"it is malformed: {error}") from error
-        arguments = self.config.get("config")
-        require(isinstance(arguments, dict), "it has no object `config`")
-        parameters = inspect.signature(Phi3Backbone).parameters
-        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed", "weights"})
-        require(not unknown, f"unknown arguments {sorted(unknown)}")
-        lacking = [name for name, parameter in parameters.items()
-                   if parameter.default is parameter.empty and name not in arguments]
-        require(not lacking, f"it lacks {lacking}")
-        return arguments
-
-    def weight_files(self):
-        """Return the paths of the files that hold the weights, and the map of the index or None.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: an index is malformed, or names a file outside the preset.
-        """
-        single, index = {
-            "keras": ("model.weights.h5", "model.weights.json"),
-            "huggingface": ("model.safetensors", "model.safetensors.index.json"),
-        }[self.format]
-        self.fetch(single, index)
-        path = self.file(single)
-        if path is not None:  # before the index, as in KerasHub and transformers
-            return [path], None
-        shards = self.json(index)
-        if shards is None:
-            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}; "
-                                    "pickles (.bin) are not read, as they can run any code")
-        weight_map, names = shards.get("weight_map"), []
-        require(isinstance(weight_map, dict), f"{self.name}/{index} has no map `weight_map`")
-        for item in weight_map.values():
-            # Keras gives a list of files where a layer is spread over several.
-            names += item if isinstance(item, list) else [item]
-        for name in names:
-            require(isinstance(name, str) and pathlib.PurePath(name).name == name[:255],
-                    f"{self.name}/{index} names {name!r}, which is not a file beside it")
-        require(names, f"{self.name}/{index} names no file")
-        names = sorted(set(names))
-        self.fetch(*names)
-        paths = [self.file(name) for name in names]
-        if None in paths:
-            name = names[paths.index(None)]
-            raise FileNotFoundError(f"preset {self.name!r} has no {name!r}")
-        return paths, weight_map
-
-
-def arguments_from_huggingface(config):
-    """Return `Phi3Backbone`'s arguments for a Hugging Face config.json, in either spelling of RoPE.
-
-    Args:
-        config: dict, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
-
-    Raises:
-        KeyError: an entry is missing.
-        ValueError: the model is not one that `Phi3Backbone` computes.
-
-    Source: transformers' `Phi3Config` and `_compute_longrope_parameters`.
-    """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta", 10000),
-            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
-    require(kind in ("default", "su", "yarn", "longrope"),
-            f"RoPE of type {kind!r} is not Phi-3's")
-    require(config.get("hidden_act", "silu") == "silu",
-            f"hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
-    arguments = {
-        "vocabulary_size": config["vocab_size"],
-        "num_layers": config["num_hidden_layers"],
-        "hidden_dim": config["hidden_size"],
-        "intermediate_dim": config["intermediate_size"],
-        "num_query_heads": config["num_attention_heads"],
-        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-5),
-        "dropout": config.get("attention_dropout", 0.0),
-        "max_sequence_length": config.get("max_position_embeddings", 4096),
-        "pretraining_sequence_length": config.get(
-            "original_max_position_embeddings", rope.get("original_max_position_embeddings", 4096)
-        ),
-        "rope_max_wavelength": rope["rope_theta"],
-        "head_dim": config.get("head_dim"),
-        "partial_rotary_factor": rope["partial_rotary_factor"],
-        "sliding_window": config.get("sliding_window"),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-    }
-    if kind != "default":
-        arguments["rope_scaling_type"] = "su"
-        arguments["rope_scaling_short_factor"] = rope["short_factor"]
-        arguments["rope_scaling_long_factor"] = rope["long_factor"]
-        arguments["rope_attention_factor"] = rope.get("attention_factor")
-        if rope.get("attention_factor") is None and rope.get("factor") is not None:
-            arguments["rope_attention_factor"] = su_magnitude(
-                rope["factor"], arguments["pretraining_sequence_length"]
-            )
-    return arguments
-
-
-def read_small(path):
-    """Return the content of a file that has no reason to be large, as bytes."""
-    size = path.stat().st_size
-    require(size <= 2**25, f"{path} has {size:,} bytes; at most {2**25:,} are read")
-    return path.read_bytes()
-
-
-def parse_json(text):
-    """Return what a JSON text, as UTF-8 bytes, stands for; a key may not come twice."""
-
-    def unique(pairs):
-        keys = collections.Counter(key for key, _ in pairs)
-        require(len(keys) == len(pairs), f"the key {keys.most_common(1)} comes twice")
-        return dict(pairs)
-
-    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-
-
-# A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
-StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
-
-
-def open_hdf5(path, stack):
-    """Return {name: StoredTensor} of a Keras weights file, which `stack` closes."""
-    import h5py
-
-    file, found = stack.enter_context(h5py.File(path, "r")), {}
-
-    def visit(name, item):  # called for what the file itself holds; links are not followed
-        require(isinstance(name, str) and name.count("/") < 9,  # bytes are no UTF-8
-                f"{name!r} is no name that Keras gives")
-        if isinstance(item, h5py.Dataset):
-            # What lies in another file has no place here; what is compressed could swell.
-            require(item.chunks is None and not item.external and not item.is_virtual
-                    and item.id.get_storage_size() == item.nbytes,
-                    f"{name} is not stored as Keras does: whole, in this file, uncompressed")
-            dtype = item.dtype.name
-            if dtype == "void16" and "dtype" in item.attrs:
-                # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
-                # says is not read: the HDF5 library may never return from a damaged one.
-                dtype = "bfloat16"
-            read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
-            found[name] = StoredTensor(path, item.shape, dtype, read)
-
-    file.visititems(visit)
-    return found
-
-
-def open_safetensors(path, _):
-    """Return {name: StoredTensor} of a safetensors file, which is closed again."""
-    import safetensors
-
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        require(header_size <= 2**25, f"its header has {header_size:,} bytes, more than {2**25:,}")
-        header = parse_json(file.read(header_size))
-    with safetensors.safe_open(path, framework="numpy"):
-        pass  # the library checks what the header says: lengths, ranges, no overlap, no gap
-    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-              "I64": "int64", "I32": "int32"}
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        shape, dtype = tuple(entry["shape"]), dtypes.get(entry["dtype"], entry["dtype"])
-        start = 8 + header_size + entry["data_offsets"][0]
-        read = functools.partial(map_tensor, path, start, shape, dtype)
-        found[name] = StoredTensor(path, shape, dtype, read)
-    return found
-
-
-def map_tensor(path, start, shape, dtype):
-    """Return the array of that shape and dtype that begins at byte `start` of a file.
-
-    It is mapped, not read: its pages are read when they are first used, and all processes that use
-    them share them. Writing to the array copies the page, and never changes the file. (Where it
-    is not aligned it is read, as BLAS takes aligned arrays only.)
-    """
-    if start % np.dtype(dtype).itemsize:
-        return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
-    return np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape))
-
-
-def read_weights(preset, config, xp):
-    """Return a preset's weights as a tree on `xp`, read tensor by tensor.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged; a tensor is missing, unknown, or of the wrong shape or dtype.
-    """
-    keras = preset.format == "keras"
-    open_file = open_hdf5 if keras else open_safetensors
-    named_arrays = keras_variables if keras else huggingface_tensors
-    floats = ("float64", "float32", "float16", "bfloat16")
-    require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
-            "which holds two embeddings: `tie_word_embeddings` must be False.")
-    with contextlib.ExitStack() as stack:
-        found, (paths, weight_map) = {}, preset.weight_files()
-        for path in paths:
-            try:
-                tensors = open_file(path, stack)
-            except Exception as error:  # h5py and safetensors each raise their own
-                raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
-            for name, tensor in tensors.items():
-                require(name not in found, f"{path}: {name} is in another file, too")
-                found[name] = tensor
-                if weight_map is not None:  # Keras's lists groups; one may be spread over files
-                    files = weight_map.get("/" + name.rpartition("/")[0] if keras else name)
-                    require(path.name in (files if isinstance(files, list) else [files]),
-                            f"{path} holds {name}, for which the index names {files!r}")
-        # Everything is checked before memory is taken.
-        where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
-        require(config.num_layers <= len(found),
-                f"{where}: {len(found)} tensors cannot be those of {config.num_layers} layers")
-        zero = np.zeros((), config.weight_dtype)  # of any shape, it takes no memory
-        shapes = config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
-        expected = dict(named_arrays(shapes, config))
-        for name, array in expected.items():
-            require(name in found, f"{where}: there is no tensor {name}")
-            path, shape, dtype, _ = found[name]
-            require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
-            require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
-        for name in found.keys() - expected.keys():
-            # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
-            ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
-            require(ignored, f"{found[name].path}: unknown tensor {name!r}")
-
-        def read(name, array=None):
-            try:
-                stored = xp.asarray(found[name].read())
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
-            if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
-                array = stored.astype(config.weight_dtype, copy=False)
-            else:
-                array[...] = stored
-            require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
-                    "has values that are NaN or infinite")
-            return array
-
-        stack.enter_context(np.errstate(over="ignore"))  # `is_finite` says it, and where
-        if keras:
-            weights = config.build_weights(lambda name, shape: xp.empty(shape, config.weight_dtype))
-            for name, array in progress(keras_variables(weights, config), "loading"):
-                read(name, array)
-            return weights
-        arrays = {name: read(name) for name, _ in progress(expected.items(), "loading")}
-        return config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
-
-
-def is_finite(array):
-    """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
-    # IEEE's bits, read as integers, sort like the numbers: infinity lies above all finite ones, and
-    # NaNs above it; the negative ones come last if the integers are unsigned.
-    for kind, limit in (("i", math.inf), ("u", -math.inf)):
-        bits = f"{kind}{array.dtype.itemsize}"
-        if int(array.view(bits).max()) >= int(np.array(limit, array.dtype).view(bits)):
-            return False
-    return True
-
-
-def write_weights(path, weights, config):
-    """Write weights to one HDF5 file as Keras lays it out."""
-    import h5py
-
-    try:
-        with h5py.File(path, "w") as file:
-            for name, array in progress(keras_variables(weights, config), "saving"):
-                dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
-                if array.dtype == ml_dtypes.bfloat16:
-                    dataset.attrs["dtype"] = "bfloat16"
-    except RuntimeError as error:  # what h5py raises where a file cannot be closed
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def progress(named_arrays, what):
-    """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
-    from tqdm import tqdm
-
-    pairs = list(named_arrays)
-    total = sum(array.nbytes for _, array in pairs)
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1) as bar:
-        for name, array in pairs:
-            yield name, array
-            bar.update(array.nbytes)
-
-
-@contextlib.contextmanager
-def staged(directory):
-    """Give a temporary directory to write to; at the end its files move to `directory`.
-
-    A directory that did not exist appears at once; in one that did, each file is replaced whole. On
-    failure nothing changes.
-    """
-    directory = pathlib.Path(directory).resolve()
-    there = directory.is_dir()
-    parent = directory if there else directory.parent
-    temporary = parent / f".{directory.name}.{os.urandom(8).hex()}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if there:
-            for path in filter(pathlib.Path.is_file, sorted(temporary.rglob("*"))):
-                target = directory / path.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-        else:
-            os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path, content):
-    """Write a dict to a JSON file."""
-    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
-
-
-def keras_object(module, class_name, config):
-    """Return the dict by which Keras's JSON files describe an object of KerasHub's."""
-    return {"module": f"keras_hub.src.{module}", "class_name": class_name, "config": config,
-            "registered_name": f"keras_hub>{class_name}"}
 
 
 # ---- Tokenizer and preprocessor ------------------------------------------------------------------
@@ -2682,6 +2294,394 @@ def compare_arrays(name, reference, other, tolerance):
                float(error[index] / ulp), float(cosine), tolerance,
                bool(relative_error <= tolerance), tuple(map(int, index)),
                (float(reference[index]), float(other[index])))
+
+
+# ---- Presets: reading and writing ----------------------------------------------------------------
+
+
+# All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
+# its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
+SMALL_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",  # and Keras's:
+    "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
+)
+
+
+class Preset:
+    """The files of a preset: a local directory, or a hub's, which its client fetches and keeps.
+
+    Args:
+        preset: see `Phi3Backbone.from_preset`; or a Preset, which is used again.
+
+    Raises:
+        ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
+        FileNotFoundError: there is no such preset, or it has no config.json.
+        PermissionError: the hub asks for a log-in, or for consent to the model's terms.
+        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
+    """
+
+    def __init__(self, preset):
+        if isinstance(preset, Preset):
+            vars(self).update(vars(preset))
+            return
+        self.name = str(preset)
+        location = Phi3Backbone.presets.get(self.name, self.name)
+        self.scheme, _, self.handle = location.rpartition("://")
+        require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
+        if not self.scheme and not os.path.isdir(self.handle):
+            raise FileNotFoundError(
+                f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
+                ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
+            )
+        self.directory = pathlib.Path(self.handle)
+        self.fetch(*SMALL_FILES)
+        self.config = self.json("config.json")
+        if self.config is None:
+            raise FileNotFoundError(f"preset {self.name!r} has no config.json")
+        self.format = "huggingface" if "model_type" in self.config else "keras"
+        found = self.config.get("model_type", self.config.get("registered_name"))
+        require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
+                f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
+
+    def fetch(self, *names):
+        """Fetch those of a Hugging Face repository's files that there are, always of one commit."""
+        if self.scheme != "hf":  # `file` fetches Kaggle's one by one
+            return
+        import huggingface_hub
+
+        repository, at, revision = self.handle.partition("@")
+        require(revision or not at, f"preset {self.name!r} has no revision after the @")
+        patterns = [glob.escape(name) for name in names]
+        with self.hub_errors(names[0]):
+            self.directory = pathlib.Path(huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=patterns
+            ))
+        self.handle = f"{repository}@{self.directory.name}"  # whose name is the commit
+
+    def file(self, name):
+        """Return the local path of one of the preset's files, or None where it has none."""
+        if self.scheme != "kaggle":
+            path = self.directory / name
+            return path if path.is_file() else None
+        import kagglehub
+
+        try:
+            with self.hub_errors(name):
+                return pathlib.Path(kagglehub.model_download(self.handle, name))
+        except (FileNotFoundError, ValueError) as error:
+            # There is no such file, says the hub; or its cache, where that has the whole model.
+            absent = re.search("404 Client Error|is not present in", str(error))
+            if absent and name != "config.json":
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def hub_errors(self, name):
+        """Turn what a hub's client raises, each its own, into what `Preset` documents."""
+        try:
+            yield
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            malformed = isinstance(error, ValueError) and not isinstance(error, OSError)
+            if malformed or getattr(error, "errno", None):  # or the disk is full, say
+                raise
+            kind, advice = {
+                401: (PermissionError, "check the name, or log in"),
+                403: (PermissionError, "accept the model's terms on its page, and log in"),
+                404: (FileNotFoundError, "check the name, and the revision if it says one"),
+            }.get(status, (ConnectionError, "try again; what was fetched before is kept"))
+            raise kind(f"{name} of preset {self.name!r}: {advice}. {error}") from error
+
+    def json(self, name):
+        """Return the object in one of the preset's JSON files, or None where there is no file."""
+        path = self.file(name)
+        if path is None:
+            return None
+        try:
+            content = parse_json(read_small(path))
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
+        return content
+
+    def backbone_config(self):
+        """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
+        if self.format == "huggingface":
+            try:
+                return arguments_from_huggingface(self.config)
+            except KeyError as error:
+                raise ValueError(f"it lacks {error}") from error
+            except (ArithmeticError, TypeError) as error:
+                raise ValueError(f"it is malformed: {error}") from error
+        arguments = self.config.get("config")
+        require(isinstance(arguments, dict), "it has no object `config`")
+        parameters = inspect.signature(Phi3Backbone).parameters
+        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed", "weights"})
+        require(not unknown, f"unknown arguments {sorted(unknown)}")
+        lacking = [name for name, parameter in parameters.items()
+                   if parameter.default is parameter.empty and name not in arguments]
+        require(not lacking, f"it lacks {lacking}")
+        return arguments
+
+    def weight_files(self):
+        """Return the paths of the files that hold the weights, and the map of the index or None.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: an index is malformed, or names a file outside the preset.
+        """
+        single, index = {
+            "keras": ("model.weights.h5", "model.weights.json"),
+            "huggingface": ("model.safetensors", "model.safetensors.index.json"),
+        }[self.format]
+        self.fetch(single, index)
+        path = self.file(single)
+        if path is not None:  # before the index, as in KerasHub and transformers
+            return [path], None
+        shards = self.json(index)
+        if shards is None:
+            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}; "
+                                    "pickles (.bin) are not read, as they can run any code")
+        weight_map, names = shards.get("weight_map"), []
+        require(isinstance(weight_map, dict), f"{self.name}/{index} has no map `weight_map`")
+        for item in weight_map.values():
+            # Keras gives a list of files where a layer is spread over several.
+            names += item if isinstance(item, list) else [item]
+        for name in names:
+            require(isinstance(name, str) and pathlib.PurePath(name).name == name[:255],
+                    f"{self.name}/{index} names {name!r}, which is not a file beside it")
+        require(names, f"{self.name}/{index} names no file")
+        names = sorted(set(names))
+        self.fetch(*names)
+        paths = [self.file(name) for name in names]
+        if None in paths:
+            name = names[paths.index(None)]
+            raise FileNotFoundError(f"preset {self.name!r} has no {name!r}")
+        return paths, weight_map
+
+
+def read_small(path):
+    """Return the content of a file that has no reason to be large, as bytes."""
+    size = path.stat().st_size
+    require(size <= 2**25, f"{path} has {size:,} bytes; at most {2**25:,} are read")
+    return path.read_bytes()
+
+
+def parse_json(text):
+    """Return what a JSON text, as UTF-8 bytes, stands for; a key may not come twice."""
+
+    def unique(pairs):
+        keys = collections.Counter(key for key, _ in pairs)
+        require(len(keys) == len(pairs), f"the key {keys.most_common(1)} comes twice")
+        return dict(pairs)
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+
+
+# A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
+StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
+
+
+def open_hdf5(path, stack):
+    """Return {name: StoredTensor} of a Keras weights file, which `stack` closes."""
+    import h5py
+
+    file, found = stack.enter_context(h5py.File(path, "r")), {}
+
+    def visit(name, item):  # called for what the file itself holds; links are not followed
+        require(isinstance(name, str) and name.count("/") < 9,  # bytes are no UTF-8
+                f"{name!r} is no name that Keras gives")
+        if isinstance(item, h5py.Dataset):
+            # What lies in another file has no place here; what is compressed could swell.
+            require(item.chunks is None and not item.external and not item.is_virtual
+                    and item.id.get_storage_size() == item.nbytes,
+                    f"{name} is not stored as Keras does: whole, in this file, uncompressed")
+            dtype = item.dtype.name
+            if dtype == "void16" and "dtype" in item.attrs:
+                # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
+                # says is not read: the HDF5 library may never return from a damaged one.
+                dtype = "bfloat16"
+            read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
+            found[name] = StoredTensor(path, item.shape, dtype, read)
+
+    file.visititems(visit)
+    return found
+
+
+def open_safetensors(path, _):
+    """Return {name: StoredTensor} of a safetensors file, which is closed again."""
+    import safetensors
+
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        require(header_size <= 2**25, f"its header has {header_size:,} bytes, more than {2**25:,}")
+        header = parse_json(file.read(header_size))
+    with safetensors.safe_open(path, framework="numpy"):
+        pass  # the library checks what the header says: lengths, ranges, no overlap, no gap
+    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+              "I64": "int64", "I32": "int32"}
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), dtypes.get(entry["dtype"], entry["dtype"])
+        start = 8 + header_size + entry["data_offsets"][0]
+        read = functools.partial(map_tensor, path, start, shape, dtype)
+        found[name] = StoredTensor(path, shape, dtype, read)
+    return found
+
+
+def map_tensor(path, start, shape, dtype):
+    """Return the array of that shape and dtype that begins at byte `start` of a file.
+
+    It is mapped, not read: its pages are read when they are first used, and all processes that use
+    them share them. Writing to the array copies the page, and never changes the file. (Where it
+    is not aligned it is read, as BLAS takes aligned arrays only.)
+    """
+    if start % np.dtype(dtype).itemsize:
+        return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
+    return np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape))
+
+
+def read_weights(preset, config, xp):
+    """Return a preset's weights as a tree on `xp`, read tensor by tensor.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; a tensor is missing, unknown, or of the wrong shape or dtype.
+    """
+    keras = preset.format == "keras"
+    open_file = open_hdf5 if keras else open_safetensors
+    named_arrays = keras_variables if keras else huggingface_tensors
+    floats = ("float64", "float32", "float16", "bfloat16")
+    require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
+            "which holds two embeddings: `tie_word_embeddings` must be False.")
+    with contextlib.ExitStack() as stack:
+        found, (paths, weight_map) = {}, preset.weight_files()
+        for path in paths:
+            try:
+                tensors = open_file(path, stack)
+            except Exception as error:  # h5py and safetensors each raise their own
+                raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
+            for name, tensor in tensors.items():
+                require(name not in found, f"{path}: {name} is in another file, too")
+                found[name] = tensor
+                if weight_map is not None:  # Keras's lists groups; one may be spread over files
+                    files = weight_map.get("/" + name.rpartition("/")[0] if keras else name)
+                    require(path.name in (files if isinstance(files, list) else [files]),
+                            f"{path} holds {name}, for which the index names {files!r}")
+        # Everything is checked before memory is taken.
+        where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
+        require(config.num_layers <= len(found),
+                f"{where}: {len(found)} tensors cannot be those of {config.num_layers} layers")
+        zero = np.zeros((), config.weight_dtype)  # of any shape, it takes no memory
+        shapes = config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
+        expected = dict(named_arrays(shapes, config))
+        for name, array in expected.items():
+            require(name in found, f"{where}: there is no tensor {name}")
+            path, shape, dtype, _ = found[name]
+            require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
+            require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
+        for name in found.keys() - expected.keys():
+            # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
+            ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
+            require(ignored, f"{found[name].path}: unknown tensor {name!r}")
+
+        def read(name, array=None):
+            try:
+                stored = xp.asarray(found[name].read())
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
+            if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
+                array = stored.astype(config.weight_dtype, copy=False)
+            else:
+                array[...] = stored
+            require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
+                    "has values that are NaN or infinite")
+            return array
+
+        stack.enter_context(np.errstate(over="ignore"))  # `is_finite` says it, and where
+        if keras:
+            weights = config.build_weights(lambda name, shape: xp.empty(shape, config.weight_dtype))
+            for name, array in progress(keras_variables(weights, config), "loading"):
+                read(name, array)
+            return weights
+        arrays = {name: read(name) for name, _ in progress(expected.items(), "loading")}
+        return config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
+
+
+def is_finite(array):
+    """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
+    # IEEE's bits, read as integers, sort like the numbers: infinity lies above all finite ones, and
+    # NaNs above it; the negative ones come last if the integers are unsigned.
+    for kind, limit in (("i", math.inf), ("u", -math.inf)):
+        bits = f"{kind}{array.dtype.itemsize}"
+        if int(array.view(bits).max()) >= int(np.array(limit, array.dtype).view(bits)):
+            return False
+    return True
+
+
+def write_weights(path, weights, config):
+    """Write weights to one HDF5 file as Keras lays it out."""
+    import h5py
+
+    try:
+        with h5py.File(path, "w") as file:
+            for name, array in progress(keras_variables(weights, config), "saving"):
+                dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
+                if array.dtype == ml_dtypes.bfloat16:
+                    dataset.attrs["dtype"] = "bfloat16"
+    except RuntimeError as error:  # what h5py raises where a file cannot be closed
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def progress(named_arrays, what):
+    """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
+    from tqdm import tqdm
+
+    pairs = list(named_arrays)
+    total = sum(array.nbytes for _, array in pairs)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1) as bar:
+        for name, array in pairs:
+            yield name, array
+            bar.update(array.nbytes)
+
+
+@contextlib.contextmanager
+def staged(directory):
+    """Give a temporary directory to write to; at the end its files move to `directory`.
+
+    A directory that did not exist appears at once; in one that did, each file is replaced whole. On
+    failure nothing changes.
+    """
+    directory = pathlib.Path(directory).resolve()
+    there = directory.is_dir()
+    parent = directory if there else directory.parent
+    temporary = parent / f".{directory.name}.{os.urandom(8).hex()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if there:
+            for path in filter(pathlib.Path.is_file, sorted(temporary.rglob("*"))):
+                target = directory / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        else:
+            os.rename(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path, content):
+    """Write a dict to a JSON file."""
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def keras_object(module, class_name, config):
+    """Return the dict by which Keras's JSON files describe an object of KerasHub's."""
+    return {"module": f"keras_hub.src.{module}", "class_name": class_name, "config": config,
+            "registered_name": f"keras_hub>{class_name}"}
 
 
 # ---- The command line ----------------------------------------------------------------------------
