@@ -1,10 +1,10 @@
 """Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
 
-The first part is a story: the whole model, from token ids to logits, as functions of a few lines on
-plain arrays. Nothing is hidden in a framework, and no file is opened in it. The second part, the
-appendix, connects the model with the world: Keras's and Hugging Face's names and files, tokenizers,
-text generation, instruments to compare it with others, a command line. The model computes what
-KerasHub's `Phi3Backbone` computes. It does not train.
+The first part is a story: the whole model, from token ids to logits, as functions on plain arrays,
+most of them a few lines long. Nothing is hidden in a framework, and no file is opened in it. The
+second part, the appendix, connects the model with the world: Keras's and Hugging Face's names and
+files, tokenizers, text generation, instruments to compare it with others, a command line. The model
+computes what KerasHub's `Phi3Backbone` computes. It does not train.
 
 Legend. Every shape comment uses these letters:
 
@@ -13,15 +13,17 @@ Legend. Every shape comment uses these letters:
     T  key positions (S <= T)    V  vocabulary_size
     H  query heads               K  key/value heads      G  H // K, query heads per key/value head
 
-Rounding. Where the computation is in 16 bits, all sums run in float32, and these are rounded:
+Rounding. Where the computation is in 16 bits, products, means and softmax still run in float32, and
+these results are rounded:
 
-    linear                  the product, once
-    rms_norm                the normed and scaled vector, once (transformers: before the scale, too)
-    rotary_embedding        cosines and sines; then each product and each sum of two
-    attention               the context, once
-    textbook_attention      scores, before and after their scaling; probabilities; the context
-    silu                    its result; then the product of gate and intermediate
-    residuals, embedding    every result, as 16-bit arithmetic does
+    linear               the product, once
+    rms_norm             the normed and scaled vector, once (in transformers before the scale, too)
+    RoPE                 cosines and sines; then each product, and each sum of two
+    attention            the context, once
+    textbook_attention   scores, C^-0.5 and their product; probabilities; the context. A tap sees it
+    SwiGLU               silu's result; then the product of gate and intermediate
+    residuals, dropout   each result
+    weights              in the mixed policies, where they are used
 
 References:
 
@@ -85,12 +87,12 @@ def constant(xp, numbers, dtype):
 
 
 def upcast(x):
-    """Return `x` in the dtype in which sums run: float64 if it has it, else float32."""
+    """Return `x` in the dtype in which sums run: float64 stays, all else becomes float32."""
     return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
 
 def matmul(a, b):
-    """Return `a @ b`, summed in float32 and rounded once to the dtype of `a`.
+    """Return `a @ b`, summed as `upcast` says and rounded once to the dtype of `a`.
 
     NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one.
     """
@@ -101,7 +103,7 @@ def matmul(a, b):
 
 
 def su_magnitude(stretch, pretraining_sequence_length):
-    """Return su scaling's factor on cosines and sines for contexts `stretch` times longer."""
+    """Return su scaling's factor on cosines and sines, for a model `stretch` times longer."""
     return math.sqrt(1 + math.log(max(1, stretch)) / math.log(pretraining_sequence_length))
 
 
@@ -120,7 +122,7 @@ class Phi3Config:
     num_query_heads: int  # H
     num_key_value_heads: int  # K, divides H
     layer_norm_epsilon: float = 1e-6
-    dropout: float = 0.0  # in [0, 1), the share that falls out in training
+    dropout: float = 0.0  # in [0, 1), the fraction dropped in training
     max_sequence_length: int = 4096  # the positions that the model is made for
     pretraining_sequence_length: int = 4096  # longer sequences take su scaling's long factors
     rope_max_wavelength: float = 10000
@@ -131,20 +133,17 @@ class Phi3Config:
     _: dataclasses.KW_ONLY
     fused: bool = True  # False: the textbook functions, and not their fast twins
     # The rest is for Hugging Face checkpoints that KerasHub cannot express.
-    head_dim: int | None = None  # C; None is D // H
+    head_dim: int | None = None  # C; None becomes D // H
     partial_rotary_factor: float = 1.0  # in (0, 1], the share of C that RoPE rotates
     sliding_window: int | None = None  # see `visible_keys`
     tie_word_embeddings: bool = False  # the output projection is the token embedding
-    rope_attention_factor: float | None = None  # None is su scaling's own magnitude
+    rope_attention_factor: float | None = None  # None is `su_magnitude`
 
     def __post_init__(self):
         check_config(self)
-        put = functools.partial(object.__setattr__, self)  # the instance is frozen
+        put = functools.partial(object.__setattr__, self)  # for what follows from the fields
         put("head_dim", self.head_dim or self.hidden_dim // self.num_query_heads)
         put("rotary_dim", int(self.head_dim * self.partial_rotary_factor))  # R
-        if self.rope_scaling_type == "su" and self.rope_attention_factor is None:
-            stretch = self.max_sequence_length / self.pretraining_sequence_length
-            put("rope_attention_factor", su_magnitude(stretch, self.pretraining_sequence_length))
         weight_dtype, compute_dtype = DTYPE_POLICIES[self.dtype]
         put("weight_dtype", np.dtype(weight_dtype))
         put("compute_dtype", np.dtype(compute_dtype))
@@ -157,16 +156,17 @@ class Phi3Config:
         """Return the cosines and sines by which RoPE turns pairs of a head's components.
 
         Pair i turns by `position * max_wavelength^(-2i / R)` radians. Su scaling makes contexts
-        longer: it divides each pair's speed by a factor of its own, so that far positions stay
-        within the angles that the model has learned, and evens out the dot products' size by a
-        magnitude. Sequences beyond the pretraining length take other factors than those within.
+        longer: it divides each pair's frequency by a factor of its own, so that far positions stay
+        within the angles that the model has learned, and makes the dot products a little larger, so
+        that attention over more keys stays as sharp. A sequence beyond the pretraining length takes
+        other factors than one within: all of its keys, even those that were cached before.
 
         Args:
             positions: [S], int.
             long: bool, take su scaling's long factors; see `uses_long_factors`.
 
         Returns:
-            (cos, sin), each [S, 1, R / 2], in the compute dtype; the 1 broadcasts over heads.
+            [cos, sin], each [S, 1, R / 2], in the compute dtype; the 1 broadcasts over heads.
 
         Source: https://arxiv.org/abs/2104.09864, https://arxiv.org/abs/2402.13753; KerasHub's
         `RotaryEmbedding` and `Phi3SuScaledRotaryEmbedding`.
@@ -178,9 +178,11 @@ class Phi3Config:
         if self.rope_scaling_type == "su":
             factors = self.rope_scaling_long_factor if long else self.rope_scaling_short_factor
             frequencies = frequencies / constant(xp, tuple(factors), wide)
-            magnitude = self.rope_attention_factor
+            stretch = self.max_sequence_length / self.pretraining_sequence_length
+            magnitude = self.rope_attention_factor or su_magnitude(
+                stretch, self.pretraining_sequence_length)
         angles = positions.astype(wide)[:, None, None] * frequencies  # [S, 1, R / 2]
-        tables = xp.cos(angles) * magnitude, xp.sin(angles) * magnitude
+        tables = xp.cos(angles) * magnitude, xp.sin(angles) * magnitude  # the same shape
         return [table.astype(self.compute_dtype, copy=False) for table in tables]
 
     def layer_shapes(self):
@@ -200,16 +202,13 @@ class Phi3Config:
         }
 
     def count_params(self):
-        """Return the number of parameters, an int, even of a model that no memory holds."""
+        """Return the number of parameters, an int; tied embeddings count once."""
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocabulary_size * self.hidden_dim
         return embeddings + self.num_layers * layer + self.hidden_dim
 
     def build_weights(self, make):
-        """Return the tree of weights, each array made by `make(name, shape)`.
-
-        Gradients, shapes, whatever belongs to weights one by one, are trees of the same form.
-        """
+        """Return the tree of weights, each array made by `make(name, shape)`."""
         V, D = self.vocabulary_size, self.hidden_dim
         tree = {
             "token_embedding": make("token_embedding", (V, D)),
@@ -226,7 +225,7 @@ class Phi3Config:
 
 
 def named_weights(weights):
-    """Yield (name, array) of all of a tree, under the names that `build_weights` gives."""
+    """Yield (name, array) of a tree of weights, under the names that `build_weights` gives."""
     for name, value in weights.items():
         if name == "transformer_layers":
             for i, layer in enumerate(value):
@@ -254,12 +253,13 @@ def random_weights(config, seed=None, xp=np):
 # ---- The layers, as pure functions ---------------------------------------------------------------
 
 
-# Three functions come in pairs: as the textbook has it, here, and fast, after the model, with the
-# same arguments and, but for rounding, the same results.
+# Three functions come in pairs. The textbook's stand here, to be read; their fast twins, which are
+# computed unless a config says `fused=False`, stand after the model. Arguments are the same, and so
+# are results, but for rounding.
 
 
 def functions_for(config):
-    """Return `linear`, `rms_norm` and `attention`, or, with `fused=False`, the textbook's."""
+    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
     if config.fused:
         return linear, rms_norm, attention
     return textbook_linear, textbook_rms_norm, textbook_attention
@@ -303,13 +303,9 @@ def rotary_embedding(x, cos, sin):
         Like `x`.
     """
     xp, half = get_array_module(x), cos.shape[-1]
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    # (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin): in place, for fresh memory is slow.
-    rotated = x.copy()
-    rotated[..., : 2 * half] *= xp.concatenate([cos, cos], axis=-1)
-    rotated[..., :half] -= x2 * sin
-    rotated[..., half : 2 * half] += x1 * sin
-    return rotated
+    x1, x2 = x[..., :half], x[..., half : 2 * half]  # [B, S, heads, R / 2]
+    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    return xp.concatenate([*turned, x[..., 2 * half :]], axis=-1)
 
 
 def softmax(scores, visible=None):
@@ -327,35 +323,37 @@ def softmax(scores, visible=None):
         return scores
     if visible is not None:
         scores = xp.where(visible, scores, -math.inf)
-    row_max = scores.max(axis=-1, keepdims=True)
+    row_max = scores.max(axis=-1, keepdims=True)  # [..., 1]
     # exp(x - max) cannot overflow. Where nothing is visible, max is -inf and exp(-inf - 0) is 0.
     exponentials = xp.exp(scores - xp.where(row_max == -math.inf, 0, row_max))
     total = exponentials.sum(axis=-1, keepdims=True)
     return exponentials / xp.where(total == 0, 1, total)
 
 
-def visible_keys(query_positions, key_positions, sliding_window=None):
-    """Say which keys each query may see: none that come later, none that left the window.
+def visible_keys(query_positions, key_positions, sliding_window=None, padding_mask=None):
+    """Say which keys each query may see: none that come later, left the window, or are padding.
 
     Args:
         query_positions: [S], int.
         key_positions: [T], int.
         sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+        padding_mask: [..., T] or None; 0 is padding.
 
     Returns:
-        [S, T], bool.
+        [S, T], bool, or [..., S, T] with a mask.
     """
     distance = query_positions[:, None] - key_positions
-    return (distance >= 0) & (distance < (sliding_window or math.inf))
+    visible = (distance >= 0) & (distance < (sliding_window or math.inf))
+    return visible if padding_mask is None else visible & (padding_mask[..., None, :] != 0)
 
 
-# Looking inside: functions that compute something worth a look take a `tap`, a function
-# (name, array) -> array. They call it with each named intermediate and go on with what it returns,
-# so that one mechanism records, compares, patches and switches off.
+# Looking inside: attention, layers and the model take a `tap`, a function (name, array) -> array.
+# They call it with each named intermediate, and go on with what it returns: one mechanism to
+# record, compare, patch and switch off. Where it is `no_tap`, they need not have all intermediates.
 
 
 def no_tap(name, array):
-    """Return `array`: the tap where nobody looks."""
+    """Return `array`: the tap of those who do not look."""
     return array
 
 
@@ -373,7 +371,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
         value: [B, T, K, C].
         padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
         sliding_window: int or None; see `visible_keys`.
-        tap: called with "scores" and "probabilities", each [B, H, S, T].
+        tap: called with "scores", before the mask, and "probabilities", each [B, H, S, T].
 
     Returns:
         [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
@@ -390,9 +388,8 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
 
     scores = matmul(query, key) * xp.asarray(C**-0.5, query.dtype)  # [B, K, G, S, T]
     scores = tap("scores", scores.reshape(B, H, S, T))
-    visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window)  # [S, T]
-    if padding_mask is not None:
-        visible = visible & padding_mask.astype(bool)[:, None, None, :]  # [B, 1, S, T]
+    visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window, padding_mask)
+    visible = visible[..., None, :, :]  # [1, S, T] or [B, 1, S, T], for all heads
     probabilities = softmax(upcast(scores), visible).astype(query.dtype, copy=False)
     probabilities = tap("probabilities", probabilities)
     context = matmul(probabilities.reshape(B, K, H // K, S, T), value)  # [B, K, G, S, C]
@@ -400,7 +397,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
 
 
 def silu(x):
-    """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
+    """Return `x * sigmoid(x)`, rounded once; any shape."""
     wide_x, xp = upcast(x), get_array_module(x)
     y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
     with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
@@ -427,7 +424,7 @@ def dropout(x, rate, rng):
 
 
 # What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
-# last, whose name is the layer's alone, is the layer's result.
+# last is the layer's result, whose name is the layer's alone; the model taps it.
 LAYER_TAPS = {
     "pre_attention_layernorm": "BSD", "attention.query": "BSHC", "attention.key": "BSKC",
     "attention.value": "BSKC", "attention.query_rotary": "BSHC", "attention.key_rotary": "BSKC",
@@ -440,7 +437,7 @@ LAYER_TAPS = {
 
 def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, index=0, rng=None,
                   tap=no_tap):
-    """One transformer layer: attention, then a gated feed-forward network, each on a residual.
+    """One transformer layer: attention, then a gated feed-forward network, each added to `x`.
 
     Args:
         x: [B, S, D].
@@ -451,7 +448,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
         cache: KVCache or None; what holds the keys and values of the positions before.
         index: int, the layer's place in the cache.
         rng: see `dropout`.
-        tap: called with each of `LAYER_TAPS` but the last.
+        tap: called with all of `LAYER_TAPS` but the last.
 
     Returns:
         [B, S, D].
@@ -471,11 +468,11 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     value = tap("attention.value", all_heads[:, :, -K:])
     query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
     key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
-    seen = key, value, padding_mask, config.sliding_window
+    seen = key, value, padding_mask, config.sliding_window  # [B, S, K, C]
     if cache is not None:
-        seen = cache.append(index, key, value)  # these, and all that came before
+        seen = cache.append(index, key, value)  # these and all that came before: [B, T, K, C]
     context = tap("attention.context", attention(query, *seen, prefixed(tap, "attention")))
-    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)
+    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)  # there, as in KerasHub
     output = tap("attention_output", linear(context, weights["attention_output"]))
     x = tap("attention_residual", x + dropout(output, config.dropout, rng))
 
@@ -484,7 +481,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     gate_intermediate = linear(normed, weights["feedforward_gate_intermediate"])  # [B, S, 2F]
     gate = tap("feedforward_gate", gate_intermediate[..., :F])
     intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
-    gated = silu(gate)
+    gated = silu(gate)  # [B, S, F]
     gated *= intermediate  # in place: the array is silu's own
     output = tap("feedforward_output", linear(gated, weights["feedforward_output"]))
     return x + dropout(output, config.dropout, rng)
@@ -521,7 +518,7 @@ class KVCache:
         """Make room for `count` more positions, if need be, and return them: [count], int."""
         stored = self.length - self.first
         if self.window and stored + count > self.arrays.shape[3]:
-            kept = min(stored, self.window - 1)
+            kept = min(stored, self.window - 1)  # the next query sees these, and itself
             for layer in self.arrays:
                 layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()  # they may overlap
             self.first = self.length - kept
@@ -559,8 +556,8 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
         token_ids: [B, S], int, on the device of the weights.
         padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
         cache: KVCache or None; the S positions come after those that it holds, and into it.
-        total: int, the length of a prompt that comes in several calls, which must all take the same
-            su factors; None: it ends here.
+        total: int, the length of a prompt that comes in several calls, so that all take the same su
+            factors; None: the positions so far.
         rng: see `dropout`.
         tap: called with "token_embedding", "transformer_layer_0" and so on, what is inside of each
             layer (see `LAYER_TAPS`), and "sequence_output_layernorm".
@@ -593,7 +590,7 @@ def token_embedding(weights, config, token_ids):
 
 
 def reverse_embedding(weights, config, hidden_states):
-    """Return the logits [B, S, V] of hidden states [B, S, D]: each token's, to come next."""
+    """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
     linear, _, _ = functions_for(config)
     return linear(hidden_states, cast(weights["reverse_embedding"], config))
 
@@ -610,7 +607,7 @@ MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding 
 
 
 def has_kernel(x):
-    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, but not the oracle's."""
+    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, less those in float64."""
     return get_array_module(x) is not np and x.dtype != np.float64
 
 
@@ -627,7 +624,7 @@ def linear(x, weight):
 
         product = kernels_cuda.linear(rows, weight)
     elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
-        product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
+        product = rows @ weight.T  # in 16 bits on a GPU only, whose tensor cores sum in float32
     else:
         # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
         # upcast at once; for few rows so small a piece that it stays in cache (3 times faster).
@@ -654,13 +651,13 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     """Compute `textbook_attention` without ever holding the score matrix, unless a tap asks for it.
 
     Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
-    time: memory grows with T, not with S x T, and about half of the products are never computed.
-    Inside a block everything is float32 (float64 for the oracle), rounded once at the end.
+    time: memory grows with T, not with S x T, and of a prompt's products about half are never
+    computed. Inside a block everything is float32 (float64 for the oracle), rounded at the end.
 
     Raises:
         ValueError: the shapes do not fit together.
 
-    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea.
+    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea; it cuts keys, too.
     """
     check_attention(query, key, value, padding_mask, sliding_window)
     if tap is not no_tap:
@@ -672,7 +669,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     xp = get_array_module(query)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
     G, block = H // K, 128
-    query = query.reshape(B, S, K, G, C)  # query head k * G + g reads key/value head k
+    query = query.reshape(B, S, K, G, C)
     context = xp.empty((B, S, K, G, C), query.dtype)
     # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): in
     # decoding all, in a long prompt one. Sizes may be 0, hence max(1, ...).
@@ -683,9 +680,8 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
         last = T - S + stop
         first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
         positions = xp.arange(first, last)
-        visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
-        if padding_mask is not None:
-            visible = visible & padding_mask[b, first:last].astype(bool)
+        mask = None if padding_mask is None else padding_mask[b, first:last]
+        visible = visible_keys(positions[start - stop :], positions, sliding_window, mask)  # [s, t]
         for first_head in range(0, K, heads):
             shared = slice(first_head, first_head + heads)  # k of the K key/value heads
             rows = upcast(query[b, start:stop, shared]) * C**-0.5  # [s, k, G, C]
@@ -1175,12 +1171,9 @@ class Phi3Backbone(Backbone):
                  "max_sequence_length", "pretraining_sequence_length", "rope_max_wavelength",
                  "rope_scaling_type", "rope_scaling_short_factor", "rope_scaling_long_factor"]
         # What KerasHub does not know appears only where it says something.
-        magnitude, pretraining = None, self.pretraining_sequence_length
-        if self.rope_scaling_type == "su":
-            magnitude = su_magnitude(self.max_sequence_length / pretraining, pretraining)
         implied = {"head_dim": self.hidden_dim / self.num_query_heads, "partial_rotary_factor": 1,
                    "sliding_window": None, "tie_word_embeddings": False,
-                   "rope_attention_factor": magnitude}
+                   "rope_attention_factor": None}
         names += [name for name, value in implied.items() if getattr(self, name) != value]
         config = {"name": self.name, "trainable": self.trainable, "dtype": dtype}
         for name in names:
@@ -1236,7 +1229,7 @@ class Phi3Backbone(Backbone):
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: KerasHub's Phi3Backbone cannot express this model.
+            ValueError: Keras's format cannot express the model, or the tokenizer.
         """
         config = self.get_config()
         for name in ("head_dim", "partial_rotary_factor", "rope_attention_factor"):
@@ -1255,6 +1248,7 @@ class Phi3Backbone(Backbone):
 
 START_TOKEN, END_TOKEN = "<s>", "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
+PREPROCESSOR_SETTINGS = ("sequence_length", "add_start_token", "add_end_token")
 
 
 class Phi3Tokenizer:
@@ -1386,28 +1380,16 @@ class Phi3Tokenizer:
         """Build the tokenizer of a preset; see `Phi3Backbone.from_preset`.
 
         A Keras preset tokenizes as KerasHub does, a Hugging Face directory as transformers does.
-
-        Raises:
-            FileNotFoundError: there is no such preset.
-            OSError: a file cannot be read.
-            ValueError: its files are malformed, or it has no tokenizer.
         """
         tokenizer, _ = load_tokenizer(Preset(preset))
         require(tokenizer is not None, f"preset {str(preset)!r} has no tokenizer")
         return tokenizer
 
     def save_to_preset(self, directory):
-        """Write the tokenizer to `directory` in Keras's format.
+        """Write the tokenizer to `directory` in Keras's format; see `Phi3Backbone.save_to_preset`.
 
         That of a Hugging Face directory needs the `tokenizer.model` there. Its added tokens become
         pieces, at the same ids, and lose their flags.
-
-        Args:
-            directory: str or path; made if need be.
-
-        Raises:
-            OSError: a file cannot be written.
-            ValueError: Keras's format cannot express the tokenizer.
         """
         proto = self.proto
         with staged(directory) as temporary:
@@ -1544,8 +1526,7 @@ def load_tokenizer(preset):
         proto = preset.file("assets/tokenizer/vocabulary.spm")
         config = (preset.json("preprocessor.json") or {}).get("config", {})
         require(isinstance(config, dict), f"{preset.name}/preprocessor.json has no object `config`")
-        names = ("sequence_length", "add_start_token", "add_end_token")
-        config = {name: config[name] for name in names if name in config}
+        config = {name: config[name] for name in PREPROCESSOR_SETTINGS if name in config}
         return (None if proto is None else Phi3Tokenizer(proto)), config
     if preset.file("tokenizer.json") is None:
         # How a tokenizer.model's added tokens are cut out of a text, it does not say.
@@ -1578,13 +1559,11 @@ class Phi3CausalLMPreprocessor:
 
     def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=False):
         require_int("sequence_length", sequence_length)
-        require(isinstance(add_start_token, bool) and isinstance(add_end_token, bool),
-                "`add_start_token` and `add_end_token` must be True or False. "
-                f"Received: {add_start_token!r}, {add_end_token!r}")
+        require_bool("add_start_token", add_start_token)
+        require_bool("add_end_token", add_end_token)
         require(not add_end_token or tokenizer.end_token_id is not None,
                 "`add_end_token` must be False: the tokenizer has no end token")
-        self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
+        self.tokenizer, self.sequence_length = tokenizer, sequence_length
         self.add_start_token = add_start_token and tokenizer.start_token_id is not None
         self.add_end_token = add_end_token
 
@@ -1648,13 +1627,8 @@ class Phi3CausalLMPreprocessor:
         """Build the preprocessor of a preset, or None if it has no tokenizer.
 
         Args:
-            preset: see `Phi3Backbone.from_preset`.
+            preset: see `Phi3Backbone.from_preset`, also for what is raised.
             **kwargs: arguments of the class to use instead of the preset's.
-
-        Raises:
-            FileNotFoundError: there is no such preset.
-            OSError: a file cannot be read.
-            ValueError: a file is malformed, or an argument's value is impossible.
         """
         preset = Preset(preset)
         tokenizer, config = load_tokenizer(preset)
@@ -1664,22 +1638,10 @@ class Phi3CausalLMPreprocessor:
             raise ValueError(f"{preset.name}'s preprocessor: {error}") from error
 
     def save_to_preset(self, directory):
-        """Write preprocessor and tokenizer to `directory` in Keras's format.
-
-        Args:
-            directory: str or path; made if need be.
-
-        Raises:
-            OSError: a file cannot be written.
-            ValueError: see `Phi3Tokenizer.save_to_preset`.
-        """
-        config = {
-            "tokenizer": self.tokenizer.keras_object(),
-            "config_file": "preprocessor.json",
-            "sequence_length": self.sequence_length,
-            "add_start_token": self.add_start_token,
-            "add_end_token": self.add_end_token,
-        }
+        """Write preprocessor and tokenizer to `directory`; see `Phi3Backbone.save_to_preset`."""
+        config = {"tokenizer": self.tokenizer.keras_object(), "config_file": "preprocessor.json"}
+        for name in PREPROCESSOR_SETTINGS:
+            config[name] = getattr(self, name)
         module = "models.phi3.phi3_causal_lm_preprocessor"
         content = keras_object(module, "Phi3CausalLMPreprocessor", config)
         with staged(directory) as temporary:
@@ -1829,15 +1791,7 @@ class Phi3CausalLM:
             raise ValueError(f"preset {preset.name!r}: {error}") from error
 
     def save_to_preset(self, directory):
-        """Write weights, configuration and tokenizer to `directory` in Keras's format.
-
-        Args:
-            directory: str or path; made if need be.
-
-        Raises:
-            OSError: a file cannot be written.
-            ValueError: see `Phi3Tokenizer.save_to_preset`.
-        """
+        """Write backbone and preprocessor to `directory`; see `Phi3Backbone.save_to_preset`."""
         with staged(directory) as temporary:
             if self.preprocessor is not None:  # first, as this may be refused
                 self.preprocessor.save_to_preset(temporary)
