@@ -1467,9 +1467,10 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
         known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
         names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
-        names += [name for name in config if name.endswith("_token")]  # "add_bos_token": a bool
+        names += [name for name, token in config.items()
+                  if name.endswith("_token") and isinstance(token, (str, dict))]
         named = {name: flags_of(config[name]) | {"special": True} for name in names
-                 if config.get(name) and not isinstance(config[name], bool)}
+                 if config.get(name) is not None}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = map(flags_of, extra.values() if isinstance(extra, dict) else extra)
         tokens += [AddedToken(**flags) for flags in (*named.values(), *extra)

@@ -81,6 +81,9 @@ def keras_vocabulary(model, tokens=SPECIAL):
     return model.SerializeToString()
 
 
+KERAS = phi3_ref.Phi3Tokenizer(keras_vocabulary(LLAMA))
+
+
 def flags(content, **changes):
     """The JSON of an added token; Phi-3's strip the whitespace behind them, with few exceptions."""
     token = dict(content=content, lstrip=False, normalized=False, single_word=False, special=True)
@@ -165,8 +168,11 @@ def save_again(directory, original, **settings):
 
 
 def write_corrected_flags(directory):
-    """tokenizer_config.json has the last word on the flags of added tokens."""
+    """tokenizer_config.json has the last word: on flags, on roles, and with tokens of its own."""
     write_microsoft(directory)
+    write_json(directory / "special_tokens_map.json", dict(eos_token="<|end|>"))
+    edit_json(directory / "tokenizer_config.json", lambda config: (
+        config["added_tokens_decoder"].update({"512": flags("<left>"), "511": flags("<tag>")})))
     edit_json(directory / "tokenizer.json", lambda content: [
         token.update(rstrip=False) for token in content["added_tokens"]
     ])
@@ -178,7 +184,8 @@ def write_older_settings(directory):
     (directory / "added_tokens.json").unlink()
     edit_json(directory / "tokenizer_config.json", lambda config: (
         config.pop("added_tokens_decoder"), config.pop("unk_token"), config.update(
-            eos_token="<s>", pad_token=flags("<tag>", __type="AddedToken"),
+            bos_token="<|system|>", eos_token="<s>",
+            pad_token=flags("<tag>", __type="AddedToken"),
             additional_special_tokens=["<left>", "<|user|>"])))
     write_json(directory / "special_tokens_map.json", dict(
         eos_token=flags("<|end|>"), unk_token="<unk>"))
@@ -258,7 +265,9 @@ DIRECTORIES = {
     "json, no decoder": lambda path: write_alone(path, decoder=None),
     "bytes": write_bytes,
     "bytes, start token": lambda path: write_bytes(path, start=True),
-    "bytes, split": lambda path: write_bytes(path, split_special_tokens=True),
+    "bytes, split": lambda path: write_bytes(
+        path, split_special_tokens=True,
+        mask_token=flags("<tag>", special=False, __type="AddedToken")),
     "word pieces": write_word_pieces,
 }
 FAITHFUL = [kind for kind in DIRECTORIES  # of which text comes back
@@ -323,6 +332,7 @@ def test_keras_ids(keras, texts):
 @given(token_ids=st.lists(st.integers(0, 510) | st.integers(3, 258), max_size=12))
 @example(token_ids=[])
 @example(token_ids=[1, 3 + 0x20, 0, 3 + 0xF0, 3 + 0x9F, 0, 510])
+@example(token_ids=[KERAS.token_to_id("x"), 1, KERAS.token_to_id("▁the")])  # 1: without a text
 def test_keras_text(keras, token_ids):
     """Any ids, broken characters among them, become the text KerasHub makes of them."""
     text = keras.ours.detokenize(token_ids)
@@ -469,9 +479,6 @@ def test_huggingface_round_trip(huggingface, text):
 def test_keras_round_trip(text):
     """So it does with a Keras vocabulary, special tokens and first spaces included."""
     assert KERAS.detokenize(KERAS(text)) == text
-
-
-KERAS = phi3_ref.Phi3Tokenizer(keras_vocabulary(LLAMA))
 
 
 # Streaming ---------------------------------------------------------------------------------------
@@ -836,6 +843,20 @@ def test_what_only_a_text_shows_to_be_malformed(tmp_path):
         "The fox")["input_ids"]
     with pytest.raises(ValueError, match=r"tokenizer\.json is malformed: .*UNK"):
         tokenizer("🤖")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError])
+def test_what_is_not_the_files_fault(error, monkeypatch, tmp_path):
+    """An interruption, say, is not taken for a panic of the library."""
+    tokenizer = phi3_ref.Phi3Tokenizer.from_preset(write_bytes(tmp_path))
+
+    class Interrupted:
+        def encode(self, *args, **kwargs):
+            raise error
+
+    monkeypatch.setattr(tokenizer, "tokenizer", Interrupted())
+    with pytest.raises(error):
+        tokenizer("a")
 
 
 def test_spaces_around_punctuation(tmp_path):
