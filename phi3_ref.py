@@ -1,10 +1,10 @@
 """Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
 
-The first part is a story: the whole model, from token ids to logits, as functions of a few lines on
-plain arrays. Nothing is hidden in a framework, and no file is opened in it. The second part, the
-appendix, connects the model with the world: Keras's and Hugging Face's names and files, tokenizers,
-text generation, instruments to compare it with others, a command line. The model computes what
-KerasHub's `Phi3Backbone` computes. It does not train.
+The first part is a story: the whole model, from token ids to logits, as functions on plain arrays,
+most of them a few lines long. Nothing is hidden in a framework, and no file is opened in it. The
+second part, the appendix, connects the model with the world: Keras's and Hugging Face's names and
+files, tokenizers, text generation, instruments to compare it with others, a command line. The model
+computes what KerasHub's `Phi3Backbone` computes. It does not train.
 
 Legend. Every shape comment uses these letters:
 
@@ -13,15 +13,17 @@ Legend. Every shape comment uses these letters:
     T  key positions (S <= T)    V  vocabulary_size
     H  query heads               K  key/value heads      G  H // K, query heads per key/value head
 
-Rounding. Where the computation is in 16 bits, all sums run in float32, and these are rounded:
+Rounding. Where the computation is in 16 bits, products, means and softmax still run in float32, and
+these results are rounded:
 
-    linear                  the product, once
-    rms_norm                the normed and scaled vector, once (transformers: before the scale, too)
-    rotary_embedding        cosines and sines; then each product and each sum of two
-    attention               the context, once
-    textbook_attention      scores, before and after their scaling; probabilities; the context
-    silu                    its result; then the product of gate and intermediate
-    residuals, embedding    every result, as 16-bit arithmetic does
+    linear               the product, once
+    rms_norm             the normed and scaled vector, once (in transformers before the scale, too)
+    RoPE                 cosines and sines; then each product, and each sum of two
+    attention            the context, once
+    textbook_attention   scores, C^-0.5 and their product; probabilities; the context. A tap sees it
+    SwiGLU               silu's result; then the product of gate and intermediate
+    residuals, dropout   each result
+    weights              in the mixed policies, where they are used
 
 References:
 
@@ -85,12 +87,12 @@ def constant(xp, numbers, dtype):
 
 
 def upcast(x):
-    """Return `x` in the dtype in which sums run: float64 if it has it, else float32."""
+    """Return `x` in the dtype in which sums run: float64 stays, all else becomes float32."""
     return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
 
 def matmul(a, b):
-    """Return `a @ b`, summed in float32 and rounded once to the dtype of `a`.
+    """Return `a @ b`, summed as `upcast` says and rounded once to the dtype of `a`.
 
     NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one.
     """
@@ -101,7 +103,7 @@ def matmul(a, b):
 
 
 def su_magnitude(stretch, pretraining_sequence_length):
-    """Return su scaling's factor on cosines and sines for contexts `stretch` times longer."""
+    """Return su scaling's factor on cosines and sines, for a model `stretch` times longer."""
     return math.sqrt(1 + math.log(max(1, stretch)) / math.log(pretraining_sequence_length))
 
 
@@ -120,7 +122,7 @@ class Phi3Config:
     num_query_heads: int  # H
     num_key_value_heads: int  # K, divides H
     layer_norm_epsilon: float = 1e-6
-    dropout: float = 0.0  # in [0, 1), the share that falls out in training
+    dropout: float = 0.0  # in [0, 1), the fraction dropped in training
     max_sequence_length: int = 4096  # the positions that the model is made for
     pretraining_sequence_length: int = 4096  # longer sequences take su scaling's long factors
     rope_max_wavelength: float = 10000
@@ -131,20 +133,17 @@ class Phi3Config:
     _: dataclasses.KW_ONLY
     fused: bool = True  # False: the textbook functions, and not their fast twins
     # The rest is for Hugging Face checkpoints that KerasHub cannot express.
-    head_dim: int | None = None  # C; None is D // H
+    head_dim: int | None = None  # C; None becomes D // H
     partial_rotary_factor: float = 1.0  # in (0, 1], the share of C that RoPE rotates
     sliding_window: int | None = None  # see `visible_keys`
     tie_word_embeddings: bool = False  # the output projection is the token embedding
-    rope_attention_factor: float | None = None  # None is su scaling's own magnitude
+    rope_attention_factor: float | None = None  # None is `su_magnitude`
 
     def __post_init__(self):
         check_config(self)
-        put = functools.partial(object.__setattr__, self)  # the instance is frozen
+        put = functools.partial(object.__setattr__, self)  # for what follows from the fields
         put("head_dim", self.head_dim or self.hidden_dim // self.num_query_heads)
         put("rotary_dim", int(self.head_dim * self.partial_rotary_factor))  # R
-        if self.rope_scaling_type == "su" and self.rope_attention_factor is None:
-            stretch = self.max_sequence_length / self.pretraining_sequence_length
-            put("rope_attention_factor", su_magnitude(stretch, self.pretraining_sequence_length))
         weight_dtype, compute_dtype = DTYPE_POLICIES[self.dtype]
         put("weight_dtype", np.dtype(weight_dtype))
         put("compute_dtype", np.dtype(compute_dtype))
@@ -157,16 +156,17 @@ class Phi3Config:
         """Return the cosines and sines by which RoPE turns pairs of a head's components.
 
         Pair i turns by `position * max_wavelength^(-2i / R)` radians. Su scaling makes contexts
-        longer: it divides each pair's speed by a factor of its own, so that far positions stay
-        within the angles that the model has learned, and evens out the dot products' size by a
-        magnitude. Sequences beyond the pretraining length take other factors than those within.
+        longer: it divides each pair's frequency by a factor of its own, so that far positions stay
+        within the angles that the model has learned, and makes the dot products a little larger, so
+        that attention over more keys stays as sharp. A sequence beyond the pretraining length takes
+        other factors than one within: all of its keys, even those that were cached before.
 
         Args:
             positions: [S], int.
             long: bool, take su scaling's long factors; see `uses_long_factors`.
 
         Returns:
-            (cos, sin), each [S, 1, R / 2], in the compute dtype; the 1 broadcasts over heads.
+            [cos, sin], each [S, 1, R / 2], in the compute dtype; the 1 broadcasts over heads.
 
         Source: https://arxiv.org/abs/2104.09864, https://arxiv.org/abs/2402.13753; KerasHub's
         `RotaryEmbedding` and `Phi3SuScaledRotaryEmbedding`.
@@ -178,9 +178,11 @@ class Phi3Config:
         if self.rope_scaling_type == "su":
             factors = self.rope_scaling_long_factor if long else self.rope_scaling_short_factor
             frequencies = frequencies / constant(xp, tuple(factors), wide)
-            magnitude = self.rope_attention_factor
+            stretch = self.max_sequence_length / self.pretraining_sequence_length
+            magnitude = self.rope_attention_factor or su_magnitude(
+                stretch, self.pretraining_sequence_length)
         angles = positions.astype(wide)[:, None, None] * frequencies  # [S, 1, R / 2]
-        tables = xp.cos(angles) * magnitude, xp.sin(angles) * magnitude
+        tables = xp.cos(angles) * magnitude, xp.sin(angles) * magnitude  # the same shape
         return [table.astype(self.compute_dtype, copy=False) for table in tables]
 
     def layer_shapes(self):
@@ -200,16 +202,13 @@ class Phi3Config:
         }
 
     def count_params(self):
-        """Return the number of parameters, an int, even of a model that no memory holds."""
+        """Return the number of parameters, an int; tied embeddings count once."""
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocabulary_size * self.hidden_dim
         return embeddings + self.num_layers * layer + self.hidden_dim
 
     def build_weights(self, make):
-        """Return the tree of weights, each array made by `make(name, shape)`.
-
-        Gradients, shapes, whatever belongs to weights one by one, are trees of the same form.
-        """
+        """Return the tree of weights, each array made by `make(name, shape)`."""
         V, D = self.vocabulary_size, self.hidden_dim
         tree = {
             "token_embedding": make("token_embedding", (V, D)),
@@ -226,7 +225,7 @@ class Phi3Config:
 
 
 def named_weights(weights):
-    """Yield (name, array) of all of a tree, under the names that `build_weights` gives."""
+    """Yield (name, array) of a tree of weights, under the names that `build_weights` gives."""
     for name, value in weights.items():
         if name == "transformer_layers":
             for i, layer in enumerate(value):
@@ -254,12 +253,13 @@ def random_weights(config, seed=None, xp=np):
 # ---- The layers, as pure functions ---------------------------------------------------------------
 
 
-# Three functions come in pairs: as the textbook has it, here, and fast, after the model, with the
-# same arguments and, but for rounding, the same results.
+# Three functions come in pairs. The textbook's stand here, to be read; their fast twins, which are
+# computed unless a config says `fused=False`, stand after the model. Arguments are the same, and so
+# are results, but for rounding.
 
 
 def functions_for(config):
-    """Return `linear`, `rms_norm` and `attention`, or, with `fused=False`, the textbook's."""
+    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
     if config.fused:
         return linear, rms_norm, attention
     return textbook_linear, textbook_rms_norm, textbook_attention
@@ -303,13 +303,9 @@ def rotary_embedding(x, cos, sin):
         Like `x`.
     """
     xp, half = get_array_module(x), cos.shape[-1]
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    # (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin): in place, for fresh memory is slow.
-    rotated = x.copy()
-    rotated[..., : 2 * half] *= xp.concatenate([cos, cos], axis=-1)
-    rotated[..., :half] -= x2 * sin
-    rotated[..., half : 2 * half] += x1 * sin
-    return rotated
+    x1, x2 = x[..., :half], x[..., half : 2 * half]  # [B, S, heads, R / 2]
+    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    return xp.concatenate([*turned, x[..., 2 * half :]], axis=-1)
 
 
 def softmax(scores, visible=None):
@@ -327,35 +323,37 @@ def softmax(scores, visible=None):
         return scores
     if visible is not None:
         scores = xp.where(visible, scores, -math.inf)
-    row_max = scores.max(axis=-1, keepdims=True)
+    row_max = scores.max(axis=-1, keepdims=True)  # [..., 1]
     # exp(x - max) cannot overflow. Where nothing is visible, max is -inf and exp(-inf - 0) is 0.
     exponentials = xp.exp(scores - xp.where(row_max == -math.inf, 0, row_max))
     total = exponentials.sum(axis=-1, keepdims=True)
     return exponentials / xp.where(total == 0, 1, total)
 
 
-def visible_keys(query_positions, key_positions, sliding_window=None):
-    """Say which keys each query may see: none that come later, none that left the window.
+def visible_keys(query_positions, key_positions, sliding_window=None, padding_mask=None):
+    """Say which keys each query may see: none that come later, left the window, or are padding.
 
     Args:
         query_positions: [S], int.
         key_positions: [T], int.
         sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+        padding_mask: [..., T] or None; 0 is padding.
 
     Returns:
-        [S, T], bool.
+        [S, T], bool, or [..., S, T] with a mask.
     """
     distance = query_positions[:, None] - key_positions
-    return (distance >= 0) & (distance < (sliding_window or math.inf))
+    visible = (distance >= 0) & (distance < (sliding_window or math.inf))
+    return visible if padding_mask is None else visible & (padding_mask[..., None, :] != 0)
 
 
-# Looking inside: functions that compute something worth a look take a `tap`, a function
-# (name, array) -> array. They call it with each named intermediate and go on with what it returns,
-# so that one mechanism records, compares, patches and switches off.
+# Looking inside: attention, layers and the model take a `tap`, a function (name, array) -> array.
+# They call it with each named intermediate, and go on with what it returns: one mechanism to
+# record, compare, patch and switch off. Where it is `no_tap`, they need not have all intermediates.
 
 
 def no_tap(name, array):
-    """Return `array`: the tap where nobody looks."""
+    """Return `array`: the tap of those who do not look."""
     return array
 
 
@@ -373,7 +371,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
         value: [B, T, K, C].
         padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
         sliding_window: int or None; see `visible_keys`.
-        tap: called with "scores" and "probabilities", each [B, H, S, T].
+        tap: called with "scores", before the mask, and "probabilities", each [B, H, S, T].
 
     Returns:
         [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
@@ -390,9 +388,8 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
 
     scores = matmul(query, key) * xp.asarray(C**-0.5, query.dtype)  # [B, K, G, S, T]
     scores = tap("scores", scores.reshape(B, H, S, T))
-    visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window)  # [S, T]
-    if padding_mask is not None:
-        visible = visible & padding_mask.astype(bool)[:, None, None, :]  # [B, 1, S, T]
+    visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window, padding_mask)
+    visible = visible[..., None, :, :]  # [1, S, T] or [B, 1, S, T], for all heads
     probabilities = softmax(upcast(scores), visible).astype(query.dtype, copy=False)
     probabilities = tap("probabilities", probabilities)
     context = matmul(probabilities.reshape(B, K, H // K, S, T), value)  # [B, K, G, S, C]
@@ -400,7 +397,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
 
 
 def silu(x):
-    """Return `x * sigmoid(x)`, computed in float32 and rounded once; any shape."""
+    """Return `x * sigmoid(x)`, rounded once; any shape."""
     wide_x, xp = upcast(x), get_array_module(x)
     y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
     with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
@@ -427,7 +424,7 @@ def dropout(x, rate, rng):
 
 
 # What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
-# last, whose name is the layer's alone, is the layer's result.
+# last is the layer's result, whose name is the layer's alone; the model taps it.
 LAYER_TAPS = {
     "pre_attention_layernorm": "BSD", "attention.query": "BSHC", "attention.key": "BSKC",
     "attention.value": "BSKC", "attention.query_rotary": "BSHC", "attention.key_rotary": "BSKC",
@@ -440,7 +437,7 @@ LAYER_TAPS = {
 
 def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, index=0, rng=None,
                   tap=no_tap):
-    """One transformer layer: attention, then a gated feed-forward network, each on a residual.
+    """One transformer layer: attention, then a gated feed-forward network, each added to `x`.
 
     Args:
         x: [B, S, D].
@@ -451,7 +448,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
         cache: KVCache or None; what holds the keys and values of the positions before.
         index: int, the layer's place in the cache.
         rng: see `dropout`.
-        tap: called with each of `LAYER_TAPS` but the last.
+        tap: called with all of `LAYER_TAPS` but the last.
 
     Returns:
         [B, S, D].
@@ -471,11 +468,11 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     value = tap("attention.value", all_heads[:, :, -K:])
     query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
     key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
-    seen = key, value, padding_mask, config.sliding_window
+    seen = key, value, padding_mask, config.sliding_window  # [B, S, K, C]
     if cache is not None:
-        seen = cache.append(index, key, value)  # these, and all that came before
+        seen = cache.append(index, key, value)  # these and all that came before: [B, T, K, C]
     context = tap("attention.context", attention(query, *seen, prefixed(tap, "attention")))
-    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)
+    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)  # there, as in KerasHub
     output = tap("attention_output", linear(context, weights["attention_output"]))
     x = tap("attention_residual", x + dropout(output, config.dropout, rng))
 
@@ -484,7 +481,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     gate_intermediate = linear(normed, weights["feedforward_gate_intermediate"])  # [B, S, 2F]
     gate = tap("feedforward_gate", gate_intermediate[..., :F])
     intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
-    gated = silu(gate)
+    gated = silu(gate)  # [B, S, F]
     gated *= intermediate  # in place: the array is silu's own
     output = tap("feedforward_output", linear(gated, weights["feedforward_output"]))
     return x + dropout(output, config.dropout, rng)
@@ -521,7 +518,7 @@ class KVCache:
         """Make room for `count` more positions, if need be, and return them: [count], int."""
         stored = self.length - self.first
         if self.window and stored + count > self.arrays.shape[3]:
-            kept = min(stored, self.window - 1)
+            kept = min(stored, self.window - 1)  # the next query sees these, and itself
             for layer in self.arrays:
                 layer[:, :, :kept] = layer[:, :, stored - kept : stored].copy()  # they may overlap
             self.first = self.length - kept
@@ -559,8 +556,8 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
         token_ids: [B, S], int, on the device of the weights.
         padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
         cache: KVCache or None; the S positions come after those that it holds, and into it.
-        total: int, the length of a prompt that comes in several calls, which must all take the same
-            su factors; None: it ends here.
+        total: int, the length of a prompt that comes in several calls, so that all take the same su
+            factors; None: the positions so far.
         rng: see `dropout`.
         tap: called with "token_embedding", "transformer_layer_0" and so on, what is inside of each
             layer (see `LAYER_TAPS`), and "sequence_output_layernorm".
@@ -593,7 +590,7 @@ def token_embedding(weights, config, token_ids):
 
 
 def reverse_embedding(weights, config, hidden_states):
-    """Return the logits [B, S, V] of hidden states [B, S, D]: each token's, to come next."""
+    """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
     linear, _, _ = functions_for(config)
     return linear(hidden_states, cast(weights["reverse_embedding"], config))
 
@@ -610,7 +607,7 @@ MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding 
 
 
 def has_kernel(x):
-    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, but not the oracle's."""
+    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, less those in float64."""
     return get_array_module(x) is not np and x.dtype != np.float64
 
 
@@ -627,7 +624,7 @@ def linear(x, weight):
 
         product = kernels_cuda.linear(rows, weight)
     elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
-        product = rows @ weight.T  # on a GPU, tensor cores sum 16-bit products in float32
+        product = rows @ weight.T  # in 16 bits on a GPU only, whose tensor cores sum in float32
     else:
         # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
         # upcast at once; for few rows so small a piece that it stays in cache (3 times faster).
@@ -654,13 +651,13 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     """Compute `textbook_attention` without ever holding the score matrix, unless a tap asks for it.
 
     Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
-    time: memory grows with T, not with S x T, and about half of the products are never computed.
-    Inside a block everything is float32 (float64 for the oracle), rounded once at the end.
+    time: memory grows with T, not with S x T, and of a prompt's products about half are never
+    computed. Inside a block everything is float32 (float64 for the oracle), rounded at the end.
 
     Raises:
         ValueError: the shapes do not fit together.
 
-    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea.
+    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea; it cuts keys, too.
     """
     check_attention(query, key, value, padding_mask, sliding_window)
     if tap is not no_tap:
@@ -672,7 +669,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     xp = get_array_module(query)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
     G, block = H // K, 128
-    query = query.reshape(B, S, K, G, C)  # query head k * G + g reads key/value head k
+    query = query.reshape(B, S, K, G, C)
     context = xp.empty((B, S, K, G, C), query.dtype)
     # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): in
     # decoding all, in a long prompt one. Sizes may be 0, hence max(1, ...).
@@ -683,9 +680,8 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
         last = T - S + stop
         first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
         positions = xp.arange(first, last)
-        visible = visible_keys(positions[start - stop :], positions, sliding_window)  # [s, t]
-        if padding_mask is not None:
-            visible = visible & padding_mask[b, first:last].astype(bool)
+        mask = None if padding_mask is None else padding_mask[b, first:last]
+        visible = visible_keys(positions[start - stop :], positions, sliding_window, mask)  # [s, t]
         for first_head in range(0, K, heads):
             shared = slice(first_head, first_head + heads)  # k of the K key/value heads
             rows = upcast(query[b, start:stop, shared]) * C**-0.5  # [s, k, G, C]
@@ -769,6 +765,58 @@ def huggingface_tensors(weights, config):
     for name, array in named_weights(weights):
         if name != "reverse_embedding" or not config.tie_word_embeddings:
             yield huggingface_name(name), array
+
+
+def arguments_from_huggingface(config):
+    """Return `Phi3Backbone`'s arguments for a Hugging Face config.json, in either spelling of RoPE.
+
+    Args:
+        config: dict, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: the model is not one that `Phi3Backbone` computes.
+
+    Source: transformers' `Phi3Config` and `_compute_longrope_parameters`.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta", 10000),
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
+    require(kind in ("default", "su", "yarn", "longrope"),
+            f"RoPE of type {kind!r} is not Phi-3's")
+    require(config.get("hidden_act", "silu") == "silu",
+            f"hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
+    arguments = {
+        "vocabulary_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_dim": config["hidden_size"],
+        "intermediate_dim": config["intermediate_size"],
+        "num_query_heads": config["num_attention_heads"],
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-5),
+        "dropout": config.get("attention_dropout", 0.0),
+        "max_sequence_length": config.get("max_position_embeddings", 4096),
+        "pretraining_sequence_length": config.get(
+            "original_max_position_embeddings", rope.get("original_max_position_embeddings", 4096)
+        ),
+        "rope_max_wavelength": rope["rope_theta"],
+        "head_dim": config.get("head_dim"),
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "sliding_window": config.get("sliding_window"),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+    if kind != "default":
+        arguments["rope_scaling_type"] = "su"
+        arguments["rope_scaling_short_factor"] = rope["short_factor"]
+        arguments["rope_scaling_long_factor"] = rope["long_factor"]
+        arguments["rope_attention_factor"] = rope.get("attention_factor")
+        if rope.get("attention_factor") is None and rope.get("factor") is not None:
+            arguments["rope_attention_factor"] = su_magnitude(
+                rope["factor"], arguments["pretraining_sequence_length"]
+            )
+    return arguments
 
 
 # ---- Checks --------------------------------------------------------------------------------------
@@ -1123,12 +1171,9 @@ class Phi3Backbone(Backbone):
                  "max_sequence_length", "pretraining_sequence_length", "rope_max_wavelength",
                  "rope_scaling_type", "rope_scaling_short_factor", "rope_scaling_long_factor"]
         # What KerasHub does not know appears only where it says something.
-        magnitude, pretraining = None, self.pretraining_sequence_length
-        if self.rope_scaling_type == "su":
-            magnitude = su_magnitude(self.max_sequence_length / pretraining, pretraining)
         implied = {"head_dim": self.hidden_dim / self.num_query_heads, "partial_rotary_factor": 1,
                    "sliding_window": None, "tie_word_embeddings": False,
-                   "rope_attention_factor": magnitude}
+                   "rope_attention_factor": None}
         names += [name for name, value in implied.items() if getattr(self, name) != value]
         config = {"name": self.name, "trainable": self.trainable, "dtype": dtype}
         for name in names:
@@ -1184,7 +1229,7 @@ class Phi3Backbone(Backbone):
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: KerasHub's Phi3Backbone cannot express this model.
+            ValueError: Keras's format cannot express the model, or the tokenizer.
         """
         config = self.get_config()
         for name in ("head_dim", "partial_rotary_factor", "rope_attention_factor"):
@@ -1198,591 +1243,67 @@ class Phi3Backbone(Backbone):
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
 
-# ---- Presets: reading and writing ----------------------------------------------------------------
-
-
-# All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
-# its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
-SMALL_FILES = (
-    "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",  # and Keras's:
-    "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
-)
-
-
-class Preset:
-    """The files of a preset: a local directory, or a hub's, which its client fetches and keeps.
-
-    Args:
-        preset: see `Phi3Backbone.from_preset`; or a Preset, which is used again.
-
-    Raises:
-        ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
-        FileNotFoundError: there is no such preset, or it has no config.json.
-        PermissionError: the hub asks for a log-in, or for consent to the model's terms.
-        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
-    """
-
-    def __init__(self, preset):
-        if isinstance(preset, Preset):
-            vars(self).update(vars(preset))
-            return
-        self.name = str(preset)
-        location = Phi3Backbone.presets.get(self.name, self.name)
-        self.scheme, _, self.handle = location.rpartition("://")
-        require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
-        if not self.scheme and not os.path.isdir(self.handle):
-            raise FileNotFoundError(
-                f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
-                ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
-            )
-        self.directory = pathlib.Path(self.handle)
-        self.fetch(*SMALL_FILES)
-        self.config = self.json("config.json")
-        if self.config is None:
-            raise FileNotFoundError(f"preset {self.name!r} has no config.json")
-        self.format = "huggingface" if "model_type" in self.config else "keras"
-        found = self.config.get("model_type", self.config.get("registered_name"))
-        require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
-                f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
-
-    def fetch(self, *names):
-        """Fetch those of a Hugging Face repository's files that there are, always of one commit."""
-        if self.scheme != "hf":  # `file` fetches Kaggle's one by one
-            return
-        import huggingface_hub
-
-        repository, at, revision = self.handle.partition("@")
-        require(revision or not at, f"preset {self.name!r} has no revision after the @")
-        patterns = [glob.escape(name) for name in names]
-        with self.hub_errors(names[0]):
-            self.directory = pathlib.Path(huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=patterns
-            ))
-        self.handle = f"{repository}@{self.directory.name}"  # whose name is the commit
-
-    def file(self, name):
-        """Return the local path of one of the preset's files, or None where it has none."""
-        if self.scheme != "kaggle":
-            path = self.directory / name
-            return path if path.is_file() else None
-        import kagglehub
-
-        try:
-            with self.hub_errors(name):
-                return pathlib.Path(kagglehub.model_download(self.handle, name))
-        except (FileNotFoundError, ValueError) as error:
-            # There is no such file, says the hub; or its cache, where that has the whole model.
-            absent = re.search("404 Client Error|is not present in", str(error))
-            if absent and name != "config.json":
-                return None
-            raise
-
-    @contextlib.contextmanager
-    def hub_errors(self, name):
-        """Turn what a hub's client raises, each its own, into what `Preset` documents."""
-        try:
-            yield
-        except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            malformed = isinstance(error, ValueError) and not isinstance(error, OSError)
-            if malformed or getattr(error, "errno", None):  # or the disk is full, say
-                raise
-            kind, advice = {
-                401: (PermissionError, "check the name, or log in"),
-                403: (PermissionError, "accept the model's terms on its page, and log in"),
-                404: (FileNotFoundError, "check the name, and the revision if it says one"),
-            }.get(status, (ConnectionError, "try again; what was fetched before is kept"))
-            raise kind(f"{name} of preset {self.name!r}: {advice}. {error}") from error
-
-    def json(self, name):
-        """Return the object in one of the preset's JSON files, or None where there is no file."""
-        path = self.file(name)
-        if path is None:
-            return None
-        try:
-            content = parse_json(read_small(path))
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
-        return content
-
-    def backbone_config(self):
-        """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
-        if self.format == "huggingface":
-            try:
-                return arguments_from_huggingface(self.config)
-            except KeyError as error:
-                raise ValueError(f"it lacks {error}") from error
-            except (ArithmeticError, TypeError) as error:
-                raise ValueError(f"it is malformed: {error}") from error
-        arguments = self.config.get("config")
-        require(isinstance(arguments, dict), "it has no object `config`")
-        parameters = inspect.signature(Phi3Backbone).parameters
-        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed", "weights"})
-        require(not unknown, f"unknown arguments {sorted(unknown)}")
-        lacking = [name for name, parameter in parameters.items()
-                   if parameter.default is parameter.empty and name not in arguments]
-        require(not lacking, f"it lacks {lacking}")
-        return arguments
-
-    def weight_files(self):
-        """Return the paths of the files that hold the weights, and the map of the index or None.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: an index is malformed, or names a file outside the preset.
-        """
-        single, index = {
-            "keras": ("model.weights.h5", "model.weights.json"),
-            "huggingface": ("model.safetensors", "model.safetensors.index.json"),
-        }[self.format]
-        self.fetch(single, index)
-        path = self.file(single)
-        if path is not None:  # before the index, as in KerasHub and transformers
-            return [path], None
-        shards = self.json(index)
-        if shards is None:
-            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}; "
-                                    "pickles (.bin) are not read, as they can run any code")
-        weight_map, names = shards.get("weight_map"), []
-        require(isinstance(weight_map, dict), f"{self.name}/{index} has no map `weight_map`")
-        for item in weight_map.values():
-            # Keras gives a list of files where a layer is spread over several.
-            names += item if isinstance(item, list) else [item]
-        for name in names:
-            require(isinstance(name, str) and pathlib.PurePath(name).name == name[:255],
-                    f"{self.name}/{index} names {name!r}, which is not a file beside it")
-        require(names, f"{self.name}/{index} names no file")
-        names = sorted(set(names))
-        self.fetch(*names)
-        paths = [self.file(name) for name in names]
-        if None in paths:
-            name = names[paths.index(None)]
-            raise FileNotFoundError(f"preset {self.name!r} has no {name!r}")
-        return paths, weight_map
-
-
-def arguments_from_huggingface(config):
-    """Return `Phi3Backbone`'s arguments for a Hugging Face config.json, in either spelling of RoPE.
-
-    Args:
-        config: dict, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
-
-    Raises:
-        KeyError: an entry is missing.
-        ValueError: the model is not one that `Phi3Backbone` computes.
-
-    Source: transformers' `Phi3Config` and `_compute_longrope_parameters`.
-    """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta", 10000),
-            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
-    require(kind in ("default", "su", "yarn", "longrope"),
-            f"RoPE of type {kind!r} is not Phi-3's")
-    require(config.get("hidden_act", "silu") == "silu",
-            f"hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
-    arguments = {
-        "vocabulary_size": config["vocab_size"],
-        "num_layers": config["num_hidden_layers"],
-        "hidden_dim": config["hidden_size"],
-        "intermediate_dim": config["intermediate_size"],
-        "num_query_heads": config["num_attention_heads"],
-        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-5),
-        "dropout": config.get("attention_dropout", 0.0),
-        "max_sequence_length": config.get("max_position_embeddings", 4096),
-        "pretraining_sequence_length": config.get(
-            "original_max_position_embeddings", rope.get("original_max_position_embeddings", 4096)
-        ),
-        "rope_max_wavelength": rope["rope_theta"],
-        "head_dim": config.get("head_dim"),
-        "partial_rotary_factor": rope["partial_rotary_factor"],
-        "sliding_window": config.get("sliding_window"),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-    }
-    if kind != "default":
-        arguments["rope_scaling_type"] = "su"
-        arguments["rope_scaling_short_factor"] = rope["short_factor"]
-        arguments["rope_scaling_long_factor"] = rope["long_factor"]
-        arguments["rope_attention_factor"] = rope.get("attention_factor")
-        if rope.get("attention_factor") is None and rope.get("factor") is not None:
-            arguments["rope_attention_factor"] = su_magnitude(
-                rope["factor"], arguments["pretraining_sequence_length"]
-            )
-    return arguments
-
-
-def read_small(path):
-    """Return the content of a file that has no reason to be large, as bytes."""
-    size = path.stat().st_size
-    require(size <= 2**25, f"{path} has {size:,} bytes; at most {2**25:,} are read")
-    return path.read_bytes()
-
-
-def parse_json(text):
-    """Return what a JSON text, as UTF-8 bytes, stands for; a key may not come twice."""
-
-    def unique(pairs):
-        keys = collections.Counter(key for key, _ in pairs)
-        require(len(keys) == len(pairs), f"the key {keys.most_common(1)} comes twice")
-        return dict(pairs)
-
-    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-
-
-# A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
-StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
-
-
-def open_hdf5(path, stack):
-    """Return {name: StoredTensor} of a Keras weights file, which `stack` closes."""
-    import h5py
-
-    file, found = stack.enter_context(h5py.File(path, "r")), {}
-
-    def visit(name, item):  # called for what the file itself holds; links are not followed
-        require(isinstance(name, str) and name.count("/") < 9,  # bytes are no UTF-8
-                f"{name!r} is no name that Keras gives")
-        if isinstance(item, h5py.Dataset):
-            # What lies in another file has no place here; what is compressed could swell.
-            require(item.chunks is None and not item.external and not item.is_virtual
-                    and item.id.get_storage_size() == item.nbytes,
-                    f"{name} is not stored as Keras does: whole, in this file, uncompressed")
-            dtype = item.dtype.name
-            if dtype == "void16" and "dtype" in item.attrs:
-                # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
-                # says is not read: the HDF5 library may never return from a damaged one.
-                dtype = "bfloat16"
-            read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
-            found[name] = StoredTensor(path, item.shape, dtype, read)
-
-    file.visititems(visit)
-    return found
-
-
-def open_safetensors(path, _):
-    """Return {name: StoredTensor} of a safetensors file, which is closed again."""
-    import safetensors
-
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        require(header_size <= 2**25, f"its header has {header_size:,} bytes, more than {2**25:,}")
-        header = parse_json(file.read(header_size))
-    with safetensors.safe_open(path, framework="numpy"):
-        pass  # the library checks what the header says: lengths, ranges, no overlap, no gap
-    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-              "I64": "int64", "I32": "int32"}
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        shape, dtype = tuple(entry["shape"]), dtypes.get(entry["dtype"], entry["dtype"])
-        start = 8 + header_size + entry["data_offsets"][0]
-        read = functools.partial(map_tensor, path, start, shape, dtype)
-        found[name] = StoredTensor(path, shape, dtype, read)
-    return found
-
-
-def map_tensor(path, start, shape, dtype):
-    """Return the array of that shape and dtype that begins at byte `start` of a file.
-
-    It is mapped, not read: its pages are read when they are first used, and all processes that use
-    them share them. Writing to the array copies the page, and never changes the file. (Where it
-    is not aligned it is read, as BLAS takes aligned arrays only.)
-    """
-    if start % np.dtype(dtype).itemsize:
-        return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
-    return np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape))
-
-
-def read_weights(preset, config, xp):
-    """Return a preset's weights as a tree on `xp`, read tensor by tensor.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged; a tensor is missing, unknown, or of the wrong shape or dtype.
-    """
-    keras = preset.format == "keras"
-    open_file = open_hdf5 if keras else open_safetensors
-    named_arrays = keras_variables if keras else huggingface_tensors
-    floats = ("float64", "float32", "float16", "bfloat16")
-    require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
-            "which holds two embeddings: `tie_word_embeddings` must be False.")
-    with contextlib.ExitStack() as stack:
-        found, (paths, weight_map) = {}, preset.weight_files()
-        for path in paths:
-            try:
-                tensors = open_file(path, stack)
-            except Exception as error:  # h5py and safetensors each raise their own
-                raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
-            for name, tensor in tensors.items():
-                require(name not in found, f"{path}: {name} is in another file, too")
-                found[name] = tensor
-                if weight_map is not None:  # Keras's lists groups; one may be spread over files
-                    files = weight_map.get("/" + name.rpartition("/")[0] if keras else name)
-                    require(path.name in (files if isinstance(files, list) else [files]),
-                            f"{path} holds {name}, for which the index names {files!r}")
-        # Everything is checked before memory is taken.
-        where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
-        require(config.num_layers <= len(found),
-                f"{where}: {len(found)} tensors cannot be those of {config.num_layers} layers")
-        zero = np.zeros((), config.weight_dtype)  # of any shape, it takes no memory
-        shapes = config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
-        expected = dict(named_arrays(shapes, config))
-        for name, array in expected.items():
-            require(name in found, f"{where}: there is no tensor {name}")
-            path, shape, dtype, _ = found[name]
-            require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
-            require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
-        for name in found.keys() - expected.keys():
-            # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
-            ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
-            require(ignored, f"{found[name].path}: unknown tensor {name!r}")
-
-        def read(name, array=None):
-            try:
-                stored = xp.asarray(found[name].read())
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
-            if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
-                array = stored.astype(config.weight_dtype, copy=False)
-            else:
-                array[...] = stored
-            require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
-                    "has values that are NaN or infinite")
-            return array
-
-        stack.enter_context(np.errstate(over="ignore"))  # `is_finite` says it, and where
-        if keras:
-            weights = config.build_weights(lambda name, shape: xp.empty(shape, config.weight_dtype))
-            for name, array in progress(keras_variables(weights, config), "loading"):
-                read(name, array)
-            return weights
-        arrays = {name: read(name) for name, _ in progress(expected.items(), "loading")}
-        return config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
-
-
-def is_finite(array):
-    """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
-    # IEEE's bits, read as integers, sort like the numbers: infinity lies above all finite ones, and
-    # NaNs above it; the negative ones come last if the integers are unsigned.
-    for kind, limit in (("i", math.inf), ("u", -math.inf)):
-        bits = f"{kind}{array.dtype.itemsize}"
-        if int(array.view(bits).max()) >= int(np.array(limit, array.dtype).view(bits)):
-            return False
-    return True
-
-
-def write_weights(path, weights, config):
-    """Write weights to one HDF5 file as Keras lays it out."""
-    import h5py
-
-    try:
-        with h5py.File(path, "w") as file:
-            for name, array in progress(keras_variables(weights, config), "saving"):
-                dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
-                if array.dtype == ml_dtypes.bfloat16:
-                    dataset.attrs["dtype"] = "bfloat16"
-    except RuntimeError as error:  # what h5py raises where a file cannot be closed
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def progress(named_arrays, what):
-    """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
-    from tqdm import tqdm
-
-    pairs = list(named_arrays)
-    total = sum(array.nbytes for _, array in pairs)
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1) as bar:
-        for name, array in pairs:
-            yield name, array
-            bar.update(array.nbytes)
-
-
-@contextlib.contextmanager
-def staged(directory):
-    """Give a temporary directory to write to; at the end its files move to `directory`.
-
-    A directory that did not exist appears at once; in one that did, each file is replaced whole. On
-    failure nothing changes.
-    """
-    directory = pathlib.Path(directory).resolve()
-    there = directory.is_dir()
-    parent = directory if there else directory.parent
-    temporary = parent / f".{directory.name}.{os.urandom(8).hex()}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if there:
-            for path in filter(pathlib.Path.is_file, sorted(temporary.rglob("*"))):
-                target = directory / path.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-        else:
-            os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path, content):
-    """Write a dict to a JSON file."""
-    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
-
-
-def keras_object(module, class_name, config):
-    """Return the dict by which Keras's JSON files describe an object of KerasHub's."""
-    return {"module": f"keras_hub.src.{module}", "class_name": class_name, "config": config,
-            "registered_name": f"keras_hub>{class_name}"}
-
-
 # ---- Tokenizer and preprocessor ------------------------------------------------------------------
 
 
 START_TOKEN, END_TOKEN = "<s>", "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
+PREPROCESSOR_SETTINGS = ("sequence_length", "add_start_token", "add_end_token")
 
 
 class Phi3Tokenizer:
-    """Text to token ids and back, with SentencePiece.
+    """Text to token ids and back, with SentencePiece: the tokenizer of a Keras preset.
 
     A space is written "▁", and one is put before the text. BPE then merges neighbouring pieces,
     best score first, beginning with single characters; a character that is no piece becomes its
-    UTF-8 bytes, "<0x00>" to "<0xFF>".
-
-    Special tokens such as "<|user|>" come in two ways. In a Keras vocabulary they are pieces that
-    no merge crosses. In a Hugging Face directory they are *added tokens*: cut out of the text
-    first, with the whitespace their flags give them; the segments between are encoded one by one.
+    UTF-8 bytes, "<0x00>" to "<0xFF>". Special tokens such as "<|user|>" are pieces that no merge
+    crosses.
 
     Args:
         proto: a SentencePiece model with the special tokens: its path, or its content as bytes.
-        added_tokens: None for a Keras vocabulary, else {token id: {"content": str, and the flags
-            "lstrip", "rstrip", "normalized"}}.
-        prefix: with added tokens, what "a<|end|>b" becomes: "first": "▁a", "b"; "always": "▁a",
-            "▁b"; "prepend": so too, even where a segment begins with a space; "never": "a", "b".
-        strip_prefix: bool, whether `detokenize` then takes off one leading space.
 
     Raises:
         ValueError: `proto` is no SentencePiece model, or lacks "<s>" or "<|endoftext|>".
 
-    Source: KerasHub's `Phi3Tokenizer`; Hugging Face's `added_vocabulary.rs` and `metaspace.rs`.
+    Source: KerasHub's `Phi3Tokenizer`.
     """
 
-    def __init__(self, proto, *, added_tokens=None, prefix="never", strip_prefix=False):
+    def __init__(self, proto):
         import sentencepiece
 
         name = "`proto`" if isinstance(proto, bytes) else str(proto)
         self.proto = proto if isinstance(proto, bytes) else read_small(pathlib.Path(proto))
-        self.added_tokens, self.prefix, self.strip_prefix = added_tokens, prefix, strip_prefix
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
-            self.processor.load_from_serialized_proto(self.encoding_proto())
-            self.token_ids = range(self.processor.vocab_size())
-            self.pieces = [self.processor.id_to_piece(token_id) for token_id in self.token_ids]
-        except Exception as error:  # SentencePiece and protobuf raise each their own
+            self.processor.load_from_serialized_proto(self.proto)
+            token_ids = range(self.processor.vocab_size())
+            self.pieces = {token_id: self.processor.id_to_piece(token_id) for token_id in token_ids}
+        except Exception as error:  # SentencePiece raises its own
             raise ValueError(f"{name} is not a SentencePiece model: {error}") from error
-        self.ids = {piece: token_id for token_id, piece in enumerate(self.pieces)}
+        self.ids = {piece: token_id for token_id, piece in self.pieces.items()}
         for token in (START_TOKEN, END_TOKEN):
             require(token in self.ids, f"{name} lacks the special token {token!r}")
         self.start_token_id, self.end_token_id = self.ids[START_TOKEN], self.ids[END_TOKEN]
-        self.special_token_ids = [self.start_token_id, self.end_token_id]
-        self.pad_token_id = 0
-        # The tokens to find in the text itself, and those to find in what "prepend" makes of it.
-        self.patterns = [self.added_pattern(False), self.added_pattern(True)]
-
-    def encoding_proto(self):
-        """Return the model to encode with: added tokens and prefix, if any, are left to us."""
-        if self.added_tokens is None:
-            return self.proto
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-        model = ModelProto.FromString(self.proto)
-        model.normalizer_spec.Clear()
-        model.normalizer_spec.add_dummy_prefix = False
-        model.normalizer_spec.remove_extra_whitespaces = False
-        for piece in model.pieces:
-            if piece.type == piece.USER_DEFINED:
-                piece.type = piece.CONTROL  # which no text encodes to
-        return model.SerializeToString()
-
-    def added_pattern(self, normalized):
-        """Return a regular expression of the added tokens, and their ids in its groups' order."""
-        spaces = r"[^\S\x1c-\x1f]*"  # \s, less four characters that only Python counts as spaces
-        tokens = [
-            (self.normalize(token["content"]) if normalized else token["content"], token_id, token)
-            for token_id, token in (self.added_tokens or {}).items()
-            if token.get("normalized", False) == normalized
-        ]
-        tokens.sort(key=lambda token: -len(token[0]))  # the longest match counts
-        pattern = "|".join(
-            (spaces if flags.get("lstrip") else "") + f"({re.escape(content)})"
-            + (spaces if flags.get("rstrip") else "")
-            for content, _, flags in tokens
-        )
-        return re.compile(pattern or "(?!)"), [token[1] for token in tokens]  # (?!) never matches
-
-    def normalize(self, segment):
-        """Return a segment as "prepend" rewrites it, before the second kind of token is found."""
-        prepend = segment and self.prefix == "prepend"
-        return "▁" + segment.replace(" ", "▁") if prepend else segment
-
-    def split(self, text, normalized):
-        """Yield each segment of the text and the id of the added token behind it, or None."""
-        (pattern, token_ids), end = self.patterns[normalized], 0
-        for match in pattern.finditer(text):
-            yield text[end : match.start()], token_ids[match.lastindex - 1]
-            end = match.end()
-        yield text[end:], None
+        self.pad_token_id, self.unknown_token_id = 0, self.processor.unk_id()
 
     def encode(self, text):
         """Return the token ids of one string."""
-        if self.added_tokens is None:
-            return self.processor.encode(text)
-        token_ids, first = [], True
-        for segment, token_id in self.split(text, normalized=False):
-            for part, inner_id in self.split(self.normalize(segment), normalized=True):
-                add_space = self.prefix == "always" or (self.prefix == "first" and first)
-                if part and add_space and not part.startswith((" ", "▁")):
-                    part = "▁" + part
-                token_ids += [*self.processor.encode(part), inner_id]
-                first = False
-            token_ids.append(token_id)
-        return [token_id for token_id in token_ids if token_id is not None]
+        return self.processor.encode(text)
+
+    def decode(self, token_ids):
+        """Return the text of token ids, all of them in the vocabulary."""
+        return self.processor.decode(token_ids)
 
     def tokenize(self, text):
         """Return the token ids of a str, or a list of them for a list of str; no start token."""
-        if isinstance(text, str):
-            return self.encode(text)
-        require(isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text),
+        texts = [text] if isinstance(text, str) else text
+        require(isinstance(texts, (list, tuple)) and all(isinstance(item, str) for item in texts),
                 f"`text` must be a string or a list of strings. Received: {text!r}")
-        return [self.encode(item) for item in text]
+        for item in texts:
+            item.encode()  # half of a surrogate pair is no text: a UnicodeEncodeError says so
+        return self.encode(text) if isinstance(text, str) else [self.encode(item) for item in text]
 
     __call__ = tokenize
-
-    def decode(self, token_ids, at_start=True):
-        """Return the text of token ids that stand at the start of a text, or further on."""
-        if self.added_tokens is None:
-            # SentencePiece drops the first space, which `encode` put there. Further on the space is
-            # real: so decode behind an unknown token, and cut that token's text off.
-            before = [] if at_start else [self.processor.unk_id()]
-            return self.processor.decode(before + token_ids)[len(self.processor.decode(before)) :]
-        text, run = "", b""
-        for token_id in [*token_ids, None]:
-            if token_id is not None and self.processor.is_byte(token_id):
-                run += bytes.fromhex(self.pieces[token_id][3:5])
-                continue
-            try:
-                text += run.decode()
-            except UnicodeDecodeError:  # one bad byte spoils its whole run
-                text += "�" * len(run)
-            run = b""
-            if token_id is not None:
-                normalized = self.added_tokens.get(token_id, {}).get("normalized")
-                piece = self.pieces[token_id]
-                text += (self.normalize(piece) if normalized else piece).replace("▁", " ")
-        return text.removeprefix(" ") if at_start and self.strip_prefix else text
 
     def detokenize(self, token_ids):
         """Return the text of a sequence of token ids, or a list of texts for a batch of them.
@@ -1791,35 +1312,48 @@ class Phi3Tokenizer:
         """
         if len(token_ids) and np.ndim(token_ids[0]):
             return [self.detokenize(row) for row in token_ids]
-        return self.decode([i for i in map(int, token_ids) if i in self.token_ids])
+        return self.decode([i for i in map(int, token_ids) if i in self.pieces])
 
     def detokenize_stream(self, token_ids):
         """Yield the text of token ids in pieces, each as soon as no later token can change it.
 
-        Joined, the pieces are `detokenize(list(token_ids))`. A run of byte tokens, which may end
-        within a character, waits for the token that ends it.
+        Joined, the pieces are `detokenize(list(token_ids))`.
         """
-        waiting, at_start = [], True
-        for token_id in (i for i in map(int, token_ids) if i in self.token_ids):
+        # A token's text depends on what is before it: at the start, its space is left out. Of that,
+        # one token with a text of its own is enough: decode behind it, and leave out its text.
+        # (`tokenizers.decoders.DecodeStream` fails where a byte spoils the bytes before it.)
+        waiting, shown = [], 0
+        for token_id in (i for i in map(int, token_ids) if i in self.pieces):
             waiting.append(token_id)
-            text = "" if self.processor.is_byte(token_id) else self.decode(waiting, at_start)
-            if text:
-                yield text
-                waiting, at_start = [], False
-        yield self.decode(waiting, at_start)
+            if re.fullmatch("<0x..>", self.pieces[token_id], re.DOTALL):
+                continue  # one bad byte spoils its whole run: wait for what ends it
+            text = self.decode(waiting)
+            certain = len(text.rstrip("�"))  # "�" may be the beginning of a character
+            if certain > shown:
+                yield text[shown:certain]
+                shown = certain
+            context = self.decode(waiting[-1:])
+            if context and certain == len(text):
+                waiting, shown = waiting[-1:], len(context)
+        yield self.decode(waiting)[shown:]
+
+    @property
+    def special_token_ids(self):
+        """The ids that are no part of an answer's text: those of the start and end tokens."""
+        return [i for i in (self.start_token_id, self.end_token_id) if i is not None]
 
     def token_to_id(self, token):
-        """Return the id of a token; of an unknown one, that of "<unk>"."""
-        return self.ids.get(token, self.processor.unk_id())
+        """Return the id of a token; of an unknown one, that of "<unk>" or None."""
+        return self.ids.get(token, self.unknown_token_id)
 
     def id_to_token(self, token_id):
         """Return the token with this id."""
-        require(token_id in self.token_ids, f"there is no token with the id {token_id!r}")
+        require(token_id in self.pieces, f"there is no token with the id {token_id!r}")
         return self.pieces[token_id]
 
     def vocabulary_size(self):
-        """Return the number of tokens; a model's may be larger."""
-        return len(self.pieces)
+        """Return how many ids there are, unused ones in between included; a model may have more."""
+        return max(self.pieces, default=-1) + 1
 
     def apply_chat_template(self, messages, add_generation_prompt=True):
         """Return a conversation in the form that Phi-3 was trained on.
@@ -1846,32 +1380,23 @@ class Phi3Tokenizer:
         """Build the tokenizer of a preset; see `Phi3Backbone.from_preset`.
 
         A Keras preset tokenizes as KerasHub does, a Hugging Face directory as transformers does.
-
-        Raises:
-            FileNotFoundError: there is no such preset.
-            OSError: a file cannot be read.
-            ValueError: its files are malformed, or it has no SentencePiece tokenizer.
         """
         tokenizer, _ = load_tokenizer(Preset(preset))
-        require(tokenizer is not None, f"preset {str(preset)!r} has no SentencePiece tokenizer")
+        require(tokenizer is not None, f"preset {str(preset)!r} has no tokenizer")
         return tokenizer
 
     def save_to_preset(self, directory):
-        """Write the tokenizer to `directory` in Keras's format, which has no added tokens.
+        """Write the tokenizer to `directory` in Keras's format; see `Phi3Backbone.save_to_preset`.
 
-        They become pieces, at the same ids, and lose their flags.
-
-        Args:
-            directory: str or path; made if need be.
-
-        Raises:
-            OSError: a file cannot be written.
+        That of a Hugging Face directory needs the `tokenizer.model` there. Its added tokens become
+        pieces, at the same ids, and lose their flags.
         """
+        proto = self.proto
         with staged(directory) as temporary:
             write_json(temporary / "tokenizer.json", self.keras_object())
             assets = temporary / "assets" / "tokenizer"
             assets.mkdir(parents=True)
-            (assets / "vocabulary.spm").write_bytes(self.proto)
+            (assets / "vocabulary.spm").write_bytes(proto)
 
     def keras_object(self):
         """Return the dict that describes the tokenizer in Keras's JSON files."""
@@ -1879,105 +1404,140 @@ class Phi3Tokenizer:
         return keras_object("models.phi3.phi3_tokenizer", "Phi3Tokenizer", config)
 
 
-def load_tokenizer(preset):
-    """Return a Preset's Phi3Tokenizer, and a dict of what the preset says of its preprocessor.
+class HuggingFaceTokenizer(Phi3Tokenizer):
+    """The tokenizer of a Hugging Face directory, which transformers' library `tokenizers` runs.
 
-    The tokenizer is None where there is none, or one of another kind (Phi-4's).
+    tokenizer.json describes it whole: Phi-3's BPE over characters, Phi-4's over bytes, or another.
+    Special tokens are *added tokens*: cut out of the text first, with the whitespace that their
+    flags give them; the segments between are encoded one by one.
+
+    Args:
+        preset: Preset, in Hugging Face's format, with a tokenizer.json.
+
+    Raises:
+        ValueError: a file is malformed. Encoding raises it, too, where only a text shows that.
+
+    Source: transformers' `TokenizersBackend`, and `_from_pretrained` of its base class.
     """
+
+    def __init__(self, preset):
+        import tokenizers
+
+        self.preset, self.path = preset, preset.file("tokenizer.json")
+        content, config = read_small(self.path), preset.json("tokenizer_config.json") or {}
+        if "added_tokens_decoder" not in config:  # the oldest settings lack it, and the newest
+            config |= preset.json("special_tokens_map.json") or {}
+        with malformed(self.path):
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+        with malformed(f"{preset.name}/tokenizer_config.json or special_tokens_map.json"):
+            ids = self.add_tokens(config)
+            self.tokenizer.encode_special_tokens = config.get("split_special_tokens", False)
+        self.end_token_id, self.unknown_token_id = ids.get("eos_token"), ids.get("unk_token")
+        self.pad_token_id = ids.get("pad_token") or 0  # under a mask of zeros, any id will do
+        # transformers mends the spaces around punctuation, if asked to, but never those of a BPE.
+        require(not config.get("clean_up_tokenization_spaces")
+                or isinstance(self.tokenizer.model, tokenizers.models.BPE),
+                f"{preset.name}/tokenizer_config.json: clean_up_tokenization_spaces must be false")
+        self.ids = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.pieces = {token_id: piece for piece, token_id in self.ids.items()}
+        require(len(self.pieces) == len(self.ids), f"{self.path} gives two tokens one id")
+        # Whether texts get a start token, and which, is what the post-processor does to one.
+        with malformed(self.path):
+            encoding = self.tokenizer.encode("a", add_special_tokens=True)
+        added = list(itertools.takewhile(bool, encoding.special_tokens_mask))
+        require(len(added) < 2, f"{self.path} puts more than one token before a text")
+        self.adds_start_token = bool(added)
+        self.start_token_id = encoding.ids[0] if added else ids.get("bos_token")
+
+    def add_tokens(self, config):
+        """Add the tokens that the settings have beside tokenizer.json's, and give them their flags.
+
+        Returns:
+            {"bos_token": the id of the start token, …}, without those that have no name.
+        """
+        from tokenizers import AddedToken
+
+        def flags_of(token):  # a str, or a dict that transformers has marked as an AddedToken
+            token = token if isinstance(token, dict) else {"content": token, "special": True}
+            return {name: flag for name, flag in token.items() if name != "__type"}
+
+        decoder = {int(i): flags for i, flags in config.get("added_tokens_decoder", {}).items()}
+        tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
+        known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
+        names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+        names += [name for name, token in config.items()
+                  if name.endswith("_token") and isinstance(token, (str, dict))]
+        named = {name: flags_of(config[name]) | {"special": True} for name in names
+                 if config.get(name) is not None}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = map(flags_of, extra.values() if isinstance(extra, dict) else extra)
+        tokens += [AddedToken(**flags) for flags in (*named.values(), *extra)
+                   if flags["content"] not in known]
+        self.tokenizer.add_tokens(tokens)
+        return {name: self.tokenizer.token_to_id(flags["content"]) for name, flags in named.items()}
+
+    def encode(self, text):
+        """Return the token ids of one string."""
+        with malformed(self.path):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids):
+        """Return the text of token ids, all of them in the vocabulary."""
+        with malformed(self.path):
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    @property
+    def proto(self):
+        """The vocabulary in Keras's format: tokenizer.model, with the added tokens behind it."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        path = self.preset.file("tokenizer.model")
+        require(path is not None, f"{self.path}: Keras's format takes a SentencePiece model. Put "
+                "the tokenizer.model that it was made from beside it, if there is one.")
+        content = read_small(path)
+        with malformed(path):
+            model = ModelProto.FromString(content)
+        added = self.tokenizer.get_added_tokens_decoder()
+        for token_id, piece in sorted(self.pieces.items()):
+            if token_id == len(model.pieces) and token_id in added:
+                model.pieces.add(piece=piece, score=0.0, type=model.SentencePiece.USER_DEFINED)
+            require(token_id < len(model.pieces) and model.pieces[token_id].piece == piece,
+                    f"{path} has no place for the token {piece!r} at {token_id}, where "
+                    "tokenizer.json has it")
+        with malformed(path):  # which lacks a special token that Keras needs, say
+            return Phi3Tokenizer(model.SerializeToString(deterministic=True)).proto
+
+
+@contextlib.contextmanager
+def malformed(path):
+    """Turn what a library raises over the content of a file into a ValueError that names it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
+        raise
+    except BaseException as error:  # so is a panic of `tokenizers`, which is written in Rust
+        raise ValueError(f"{path} is malformed: {error!r:.500}") from error
+
+
+def load_tokenizer(preset):
+    """Return a Preset's tokenizer or None, and a dict of what it says of its preprocessor."""
     if preset.format == "keras":
         proto = preset.file("assets/tokenizer/vocabulary.spm")
         config = (preset.json("preprocessor.json") or {}).get("config", {})
         require(isinstance(config, dict), f"{preset.name}/preprocessor.json has no object `config`")
-        names = ("sequence_length", "add_start_token", "add_end_token")
-        config = {name: config[name] for name in names if name in config}
+        config = {name: config[name] for name in PREPROCESSOR_SETTINGS if name in config}
         return (None if proto is None else Phi3Tokenizer(proto)), config
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    fast, path = preset.json("tokenizer.json"), preset.file("tokenizer.model")
-    config = preset.json("tokenizer_config.json") or {}
-    model = ModelProto()
-    try:
-        if fast is not None and fast["model"].get("byte_fallback"):
-            added, prefix, strip_prefix, add_start_token = read_tokenizer_json(fast, model)
-        elif fast is None and path is not None:
-            names = preset.json("added_tokens.json") or {}
-            added, prefix, strip_prefix, add_start_token = read_tokenizer_model(
-                path, names, config, model
-            )
-        else:
-            return None, {}
-        model.normalizer_spec.add_dummy_prefix = prefix != "never"
-        added.update({int(i): token for i, token in config.get("added_tokens_decoder", {}).items()})
-        for token_id, token in sorted(added.items()):
-            if token_id == len(model.pieces):
-                model.pieces.add(piece=token["content"], type=model.SentencePiece.USER_DEFINED)
-            require(token_id < len(model.pieces)
-                    and model.pieces[token_id].piece == token["content"]
-                    and not token.get("single_word"), f"cannot add {token} with the id {token_id}")
-        tokenizer = Phi3Tokenizer(model.SerializeToString(deterministic=True),
-                                  added_tokens=added, prefix=prefix, strip_prefix=strip_prefix)
-    except Exception as error:  # whatever malformed files lead to
-        raise ValueError(f"preset {preset.name!r}: malformed tokenizer: {error!r}") from error
-    return tokenizer, {"add_start_token": add_start_token}
-
-
-def read_tokenizer_model(path, names, config, model):
-    """Read a tokenizer.model as `transformers.LlamaTokenizer` does, the class a Phi-3 names."""
-    model.ParseFromString(read_small(path))
-    added = {
-        token_id: {"content": piece.piece}
-        for token_id, piece in enumerate(model.pieces)
-        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)
-    }
-    added.update({token_id: {"content": name} for name, token_id in names.items()})
-    prefix = "always" if config.get("legacy") else "first"
-    prefix = "never" if config.get("add_prefix_space") is False else prefix
-    return added, prefix, prefix != "never", bool(config.get("add_bos_token"))
-
-
-def read_tokenizer_json(fast, model):
-    """Read a tokenizer.json as `transformers.AutoTokenizer` does, its BPE into `model`.
-
-    Returns:
-        (added tokens, prefix, strip_prefix, add_start_token): see `Phi3Tokenizer` and
-        `Phi3CausalLMPreprocessor`.
-    """
-    # What happens around the BPE.
-    prepend = {"type": "Prepend", "prepend": "▁"}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    steps = fast.get("normalizer") or {"normalizers": []}
-    steps = steps.get("normalizers", [steps])
-    metaspace = fast.get("pre_tokenizer") or {}
-    if not steps and metaspace.get("type") == "Metaspace" and metaspace.get("split") is False:
-        prefix = metaspace["prepend_scheme"]
-    else:
-        require(steps in ([prepend, replace], [replace]) and not metaspace,
-                f"unknown normalizer {steps} with pre_tokenizer {metaspace}")
-        prefix = "prepend" if prepend in steps else "never"
-    decoders = [step["type"] for step in fast["decoder"]["decoders"]]
-    require(decoders[:3] == ["Replace", "ByteFallback", "Fuse"], f"unknown decoder {decoders}")
-    template = (fast.get("post_processor") or {}).get("single", [])
-    add_start_token = any("SpecialToken" in part for part in template[:1])
-    added = {token["id"]: token for token in fast["added_tokens"]}
-
-    # The BPE: a piece scores the higher, the earlier in the list of merges it comes about.
-    bpe, scores = fast["model"], {}
-    for rank, merge in enumerate(bpe["merges"]):
-        merge = merge.split(" ") if isinstance(merge, str) else merge
-        scores.setdefault("".join(merge), -rank)
-    types = dict.fromkeys([token["content"] for token in added.values()], "USER_DEFINED")
-    types.update({START_TOKEN: "CONTROL", "</s>": "CONTROL"})
-    types[bpe.get("unk_token") or "<unk>"] = "UNKNOWN"
-    model.trainer_spec.model_type = model.trainer_spec.BPE
-    model.trainer_spec.byte_fallback = True
-    model.normalizer_spec.remove_extra_whitespaces = False
-    for token_id, piece in enumerate(sorted(bpe["vocab"], key=bpe["vocab"].get)):
-        require(bpe["vocab"][piece] == token_id, f"no piece has the id {token_id}")
-        kind = "NORMAL" if piece in scores or len(piece) == 1 else "UNUSED"
-        kind = "BYTE" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else types.get(piece, kind)
-        model.pieces.add(piece=piece, score=scores.get(piece, -len(bpe["merges"])),
-                         type=model.SentencePiece.Type.Value(kind))
-    return added, prefix, "Strip" in decoders, add_start_token
+    if preset.file("tokenizer.json") is None:
+        # How a tokenizer.model's added tokens are cut out of a text, it does not say.
+        require(preset.file("tokenizer.model") is None,
+                f"preset {preset.name!r} has a tokenizer.model and no tokenizer.json. Put Phi-3's "
+                "own beside it, or let transformers write one that gives the same ids: "
+                "AutoTokenizer.from_pretrained(directory, legacy=True).save_pretrained(directory)")
+        return None, {}
+    tokenizer = HuggingFaceTokenizer(preset)
+    return tokenizer, {"add_start_token": tokenizer.adds_start_token}
 
 
 class Phi3CausalLMPreprocessor:
@@ -1986,8 +1546,10 @@ class Phi3CausalLMPreprocessor:
     Args:
         tokenizer: Phi3Tokenizer.
         sequence_length: int, the length that every sequence is cut or padded to.
-        add_start_token: bool, put "<s>" before every text.
-        add_end_token: bool, put "<|endoftext|>" behind every text; never before generation.
+        add_start_token: bool, put "<s>", or the tokenizer's other start token, before every text;
+            False where it has none.
+        add_end_token: bool, put "<|endoftext|>", or its other end token, behind every text; never
+            before generation.
 
     Raises:
         ValueError: an argument's value is impossible.
@@ -1998,12 +1560,12 @@ class Phi3CausalLMPreprocessor:
 
     def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=False):
         require_int("sequence_length", sequence_length)
-        require(isinstance(add_start_token, bool) and isinstance(add_end_token, bool),
-                "`add_start_token` and `add_end_token` must be True or False. "
-                f"Received: {add_start_token!r}, {add_end_token!r}")
-        self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
-        self.add_start_token = add_start_token
+        require_bool("add_start_token", add_start_token)
+        require_bool("add_end_token", add_end_token)
+        require(not add_end_token or tokenizer.end_token_id is not None,
+                "`add_end_token` must be False: the tokenizer has no end token")
+        self.tokenizer, self.sequence_length = tokenizer, sequence_length
+        self.add_start_token = add_start_token and tokenizer.start_token_id is not None
         self.add_end_token = add_end_token
 
     def pack(self, texts, length, add_end_token):
@@ -2063,16 +1625,11 @@ class Phi3CausalLMPreprocessor:
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
-        """Build the preprocessor of a preset, or None if it has no SentencePiece tokenizer.
+        """Build the preprocessor of a preset, or None if it has no tokenizer.
 
         Args:
-            preset: see `Phi3Backbone.from_preset`.
+            preset: see `Phi3Backbone.from_preset`, also for what is raised.
             **kwargs: arguments of the class to use instead of the preset's.
-
-        Raises:
-            FileNotFoundError: there is no such preset.
-            OSError: a file cannot be read.
-            ValueError: a file is malformed, or an argument's value is impossible.
         """
         preset = Preset(preset)
         tokenizer, config = load_tokenizer(preset)
@@ -2082,21 +1639,10 @@ class Phi3CausalLMPreprocessor:
             raise ValueError(f"{preset.name}'s preprocessor: {error}") from error
 
     def save_to_preset(self, directory):
-        """Write preprocessor and tokenizer to `directory` in Keras's format.
-
-        Args:
-            directory: str or path; made if need be.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        config = {
-            "tokenizer": self.tokenizer.keras_object(),
-            "config_file": "preprocessor.json",
-            "sequence_length": self.sequence_length,
-            "add_start_token": self.add_start_token,
-            "add_end_token": self.add_end_token,
-        }
+        """Write preprocessor and tokenizer to `directory`; see `Phi3Backbone.save_to_preset`."""
+        config = {"tokenizer": self.tokenizer.keras_object(), "config_file": "preprocessor.json"}
+        for name in PREPROCESSOR_SETTINGS:
+            config[name] = getattr(self, name)
         module = "models.phi3.phi3_causal_lm_preprocessor"
         content = keras_object(module, "Phi3CausalLMPreprocessor", config)
         with staged(directory) as temporary:
@@ -2235,7 +1781,7 @@ class Phi3CausalLM:
     def from_preset(cls, preset, load_weights=True, **kwargs):
         """Build a causal LM from a preset; arguments and errors of `Phi3Backbone.from_preset`.
 
-        Its preprocessor is None where the preset has no SentencePiece tokenizer.
+        Its preprocessor is None where the preset has no tokenizer.
         """
         preset = Preset(preset)
         preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
@@ -2246,18 +1792,11 @@ class Phi3CausalLM:
             raise ValueError(f"preset {preset.name!r}: {error}") from error
 
     def save_to_preset(self, directory):
-        """Write weights, configuration and tokenizer to `directory` in Keras's format.
-
-        Args:
-            directory: str or path; made if need be.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
+        """Write backbone and preprocessor to `directory`; see `Phi3Backbone.save_to_preset`."""
         with staged(directory) as temporary:
-            self.backbone.save_to_preset(temporary)
-            if self.preprocessor is not None:
+            if self.preprocessor is not None:  # first, as this may be refused
                 self.preprocessor.save_to_preset(temporary)
+            self.backbone.save_to_preset(temporary)
 
     def compile(self, sampler="top_k"):
         """Choose how `generate` picks tokens.
@@ -2292,7 +1831,8 @@ class Phi3CausalLM:
                 with the prompts on the left and zeros in the mask where there is room.
             max_length: int, tokens of prompt and answer together; None is the preprocessor's
                 `sequence_length`. Not for a dict, whose length it is.
-            stop_token_ids: "auto" (<|endoftext|> and <|end|>), None, or ints.
+            stop_token_ids: "auto" (the tokenizer's end token, <|endoftext|> and <|end|>), None, or
+                ints.
             strip_prompt: bool; True returns the new text only.
             tap: None, or a function as for `Phi3Backbone.__call__`, called with the same names in
                 every forward pass: the first over the prompt, arrays [B, S, …], then one over each
@@ -2381,8 +1921,9 @@ class Phi3CausalLM:
             require(self.preprocessor is not None,
                     '`stop_token_ids="auto"` needs a preprocessor, and this model has none: '
                     "pass None or the token ids.")
-            ids = self.preprocessor.tokenizer.ids
-            return [ids[token] for token in (END_TOKEN, "<|end|>") if token in ids]
+            tokenizer = self.preprocessor.tokenizer
+            ids = [tokenizer.end_token_id, *map(tokenizer.ids.get, (END_TOKEN, "<|end|>"))]
+            return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
         if stop_token_ids is None:
             return None
         vocabulary = range(self.backbone.vocabulary_size)
@@ -2708,6 +2249,394 @@ def compare_arrays(name, reference, other, tolerance):
                float(error[index] / ulp), float(cosine), tolerance,
                bool(relative_error <= tolerance), tuple(map(int, index)),
                (float(reference[index]), float(other[index])))
+
+
+# ---- Presets: reading and writing ----------------------------------------------------------------
+
+
+# All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
+# its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
+SMALL_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",  # and Keras's:
+    "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
+)
+
+
+class Preset:
+    """The files of a preset: a local directory, or a hub's, which its client fetches and keeps.
+
+    Args:
+        preset: see `Phi3Backbone.from_preset`; or a Preset, which is used again.
+
+    Raises:
+        ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
+        FileNotFoundError: there is no such preset, or it has no config.json.
+        PermissionError: the hub asks for a log-in, or for consent to the model's terms.
+        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
+    """
+
+    def __init__(self, preset):
+        if isinstance(preset, Preset):
+            vars(self).update(vars(preset))
+            return
+        self.name = str(preset)
+        location = Phi3Backbone.presets.get(self.name, self.name)
+        self.scheme, _, self.handle = location.rpartition("://")
+        require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
+        if not self.scheme and not os.path.isdir(self.handle):
+            raise FileNotFoundError(
+                f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
+                ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
+            )
+        self.directory = pathlib.Path(self.handle)
+        self.fetch(*SMALL_FILES)
+        self.config = self.json("config.json")
+        if self.config is None:
+            raise FileNotFoundError(f"preset {self.name!r} has no config.json")
+        self.format = "huggingface" if "model_type" in self.config else "keras"
+        found = self.config.get("model_type", self.config.get("registered_name"))
+        require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
+                f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
+
+    def fetch(self, *names):
+        """Fetch those of a Hugging Face repository's files that there are, always of one commit."""
+        if self.scheme != "hf":  # `file` fetches Kaggle's one by one
+            return
+        import huggingface_hub
+
+        repository, at, revision = self.handle.partition("@")
+        require(revision or not at, f"preset {self.name!r} has no revision after the @")
+        patterns = [glob.escape(name) for name in names]
+        with self.hub_errors(names[0]):
+            self.directory = pathlib.Path(huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=patterns
+            ))
+        self.handle = f"{repository}@{self.directory.name}"  # whose name is the commit
+
+    def file(self, name):
+        """Return the local path of one of the preset's files, or None where it has none."""
+        if self.scheme != "kaggle":
+            path = self.directory / name
+            return path if path.is_file() else None
+        import kagglehub
+
+        try:
+            with self.hub_errors(name):
+                return pathlib.Path(kagglehub.model_download(self.handle, name))
+        except (FileNotFoundError, ValueError) as error:
+            # There is no such file, says the hub; or its cache, where that has the whole model.
+            absent = re.search("404 Client Error|is not present in", str(error))
+            if absent and name != "config.json":
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def hub_errors(self, name):
+        """Turn what a hub's client raises, each its own, into what `Preset` documents."""
+        try:
+            yield
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            malformed = isinstance(error, ValueError) and not isinstance(error, OSError)
+            if malformed or getattr(error, "errno", None):  # or the disk is full, say
+                raise
+            kind, advice = {
+                401: (PermissionError, "check the name, or log in"),
+                403: (PermissionError, "accept the model's terms on its page, and log in"),
+                404: (FileNotFoundError, "check the name, and the revision if it says one"),
+            }.get(status, (ConnectionError, "try again; what was fetched before is kept"))
+            raise kind(f"{name} of preset {self.name!r}: {advice}. {error}") from error
+
+    def json(self, name):
+        """Return the object in one of the preset's JSON files, or None where there is no file."""
+        path = self.file(name)
+        if path is None:
+            return None
+        try:
+            content = parse_json(read_small(path))
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
+        return content
+
+    def backbone_config(self):
+        """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
+        if self.format == "huggingface":
+            try:
+                return arguments_from_huggingface(self.config)
+            except KeyError as error:
+                raise ValueError(f"it lacks {error}") from error
+            except (ArithmeticError, TypeError) as error:
+                raise ValueError(f"it is malformed: {error}") from error
+        arguments = self.config.get("config")
+        require(isinstance(arguments, dict), "it has no object `config`")
+        parameters = inspect.signature(Phi3Backbone).parameters
+        unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed", "weights"})
+        require(not unknown, f"unknown arguments {sorted(unknown)}")
+        lacking = [name for name, parameter in parameters.items()
+                   if parameter.default is parameter.empty and name not in arguments]
+        require(not lacking, f"it lacks {lacking}")
+        return arguments
+
+    def weight_files(self):
+        """Return the paths of the files that hold the weights, and the map of the index or None.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: an index is malformed, or names a file outside the preset.
+        """
+        single, index = {
+            "keras": ("model.weights.h5", "model.weights.json"),
+            "huggingface": ("model.safetensors", "model.safetensors.index.json"),
+        }[self.format]
+        self.fetch(single, index)
+        path = self.file(single)
+        if path is not None:  # before the index, as in KerasHub and transformers
+            return [path], None
+        shards = self.json(index)
+        if shards is None:
+            raise FileNotFoundError(f"preset {self.name!r} has neither {single} nor {index}; "
+                                    "pickles (.bin) are not read, as they can run any code")
+        weight_map, names = shards.get("weight_map"), []
+        require(isinstance(weight_map, dict), f"{self.name}/{index} has no map `weight_map`")
+        for item in weight_map.values():
+            # Keras gives a list of files where a layer is spread over several.
+            names += item if isinstance(item, list) else [item]
+        for name in names:
+            require(isinstance(name, str) and pathlib.PurePath(name).name == name[:255],
+                    f"{self.name}/{index} names {name!r}, which is not a file beside it")
+        require(names, f"{self.name}/{index} names no file")
+        names = sorted(set(names))
+        self.fetch(*names)
+        paths = [self.file(name) for name in names]
+        if None in paths:
+            name = names[paths.index(None)]
+            raise FileNotFoundError(f"preset {self.name!r} has no {name!r}")
+        return paths, weight_map
+
+
+def read_small(path):
+    """Return the content of a file that has no reason to be large, as bytes."""
+    size = path.stat().st_size
+    require(size <= 2**25, f"{path} has {size:,} bytes; at most {2**25:,} are read")
+    return path.read_bytes()
+
+
+def parse_json(text):
+    """Return what a JSON text, as UTF-8 bytes, stands for; a key may not come twice."""
+
+    def unique(pairs):
+        keys = collections.Counter(key for key, _ in pairs)
+        require(len(keys) == len(pairs), f"the key {keys.most_common(1)} comes twice")
+        return dict(pairs)
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+
+
+# A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
+StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
+
+
+def open_hdf5(path, stack):
+    """Return {name: StoredTensor} of a Keras weights file, which `stack` closes."""
+    import h5py
+
+    file, found = stack.enter_context(h5py.File(path, "r")), {}
+
+    def visit(name, item):  # called for what the file itself holds; links are not followed
+        require(isinstance(name, str) and name.count("/") < 9,  # bytes are no UTF-8
+                f"{name!r} is no name that Keras gives")
+        if isinstance(item, h5py.Dataset):
+            # What lies in another file has no place here; what is compressed could swell.
+            require(item.chunks is None and not item.external and not item.is_virtual
+                    and item.id.get_storage_size() == item.nbytes,
+                    f"{name} is not stored as Keras does: whole, in this file, uncompressed")
+            dtype = item.dtype.name
+            if dtype == "void16" and "dtype" in item.attrs:
+                # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
+                # says is not read: the HDF5 library may never return from a damaged one.
+                dtype = "bfloat16"
+            read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
+            found[name] = StoredTensor(path, item.shape, dtype, read)
+
+    file.visititems(visit)
+    return found
+
+
+def open_safetensors(path, _):
+    """Return {name: StoredTensor} of a safetensors file, which is closed again."""
+    import safetensors
+
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        require(header_size <= 2**25, f"its header has {header_size:,} bytes, more than {2**25:,}")
+        header = parse_json(file.read(header_size))
+    with safetensors.safe_open(path, framework="numpy"):
+        pass  # the library checks what the header says: lengths, ranges, no overlap, no gap
+    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+              "I64": "int64", "I32": "int32"}
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), dtypes.get(entry["dtype"], entry["dtype"])
+        start = 8 + header_size + entry["data_offsets"][0]
+        read = functools.partial(map_tensor, path, start, shape, dtype)
+        found[name] = StoredTensor(path, shape, dtype, read)
+    return found
+
+
+def map_tensor(path, start, shape, dtype):
+    """Return the array of that shape and dtype that begins at byte `start` of a file.
+
+    It is mapped, not read: its pages are read when they are first used, and all processes that use
+    them share them. Writing to the array copies the page, and never changes the file. (Where it
+    is not aligned it is read, as BLAS takes aligned arrays only.)
+    """
+    if start % np.dtype(dtype).itemsize:
+        return np.fromfile(path, dtype, math.prod(shape), offset=start).reshape(shape)
+    return np.asarray(np.memmap(path, dtype, mode="c", offset=start, shape=shape))
+
+
+def read_weights(preset, config, xp):
+    """Return a preset's weights as a tree on `xp`, read tensor by tensor.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; a tensor is missing, unknown, or of the wrong shape or dtype.
+    """
+    keras = preset.format == "keras"
+    open_file = open_hdf5 if keras else open_safetensors
+    named_arrays = keras_variables if keras else huggingface_tensors
+    floats = ("float64", "float32", "float16", "bfloat16")
+    require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
+            "which holds two embeddings: `tie_word_embeddings` must be False.")
+    with contextlib.ExitStack() as stack:
+        found, (paths, weight_map) = {}, preset.weight_files()
+        for path in paths:
+            try:
+                tensors = open_file(path, stack)
+            except Exception as error:  # h5py and safetensors each raise their own
+                raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
+            for name, tensor in tensors.items():
+                require(name not in found, f"{path}: {name} is in another file, too")
+                found[name] = tensor
+                if weight_map is not None:  # Keras's lists groups; one may be spread over files
+                    files = weight_map.get("/" + name.rpartition("/")[0] if keras else name)
+                    require(path.name in (files if isinstance(files, list) else [files]),
+                            f"{path} holds {name}, for which the index names {files!r}")
+        # Everything is checked before memory is taken.
+        where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
+        require(config.num_layers <= len(found),
+                f"{where}: {len(found)} tensors cannot be those of {config.num_layers} layers")
+        zero = np.zeros((), config.weight_dtype)  # of any shape, it takes no memory
+        shapes = config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
+        expected = dict(named_arrays(shapes, config))
+        for name, array in expected.items():
+            require(name in found, f"{where}: there is no tensor {name}")
+            path, shape, dtype, _ = found[name]
+            require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
+            require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
+        for name in found.keys() - expected.keys():
+            # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
+            ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
+            require(ignored, f"{found[name].path}: unknown tensor {name!r}")
+
+        def read(name, array=None):
+            try:
+                stored = xp.asarray(found[name].read())
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
+            if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
+                array = stored.astype(config.weight_dtype, copy=False)
+            else:
+                array[...] = stored
+            require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
+                    "has values that are NaN or infinite")
+            return array
+
+        stack.enter_context(np.errstate(over="ignore"))  # `is_finite` says it, and where
+        if keras:
+            weights = config.build_weights(lambda name, shape: xp.empty(shape, config.weight_dtype))
+            for name, array in progress(keras_variables(weights, config), "loading"):
+                read(name, array)
+            return weights
+        arrays = {name: read(name) for name, _ in progress(expected.items(), "loading")}
+        return config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
+
+
+def is_finite(array):
+    """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
+    # IEEE's bits, read as integers, sort like the numbers: infinity lies above all finite ones, and
+    # NaNs above it; the negative ones come last if the integers are unsigned.
+    for kind, limit in (("i", math.inf), ("u", -math.inf)):
+        bits = f"{kind}{array.dtype.itemsize}"
+        if int(array.view(bits).max()) >= int(np.array(limit, array.dtype).view(bits)):
+            return False
+    return True
+
+
+def write_weights(path, weights, config):
+    """Write weights to one HDF5 file as Keras lays it out."""
+    import h5py
+
+    try:
+        with h5py.File(path, "w") as file:
+            for name, array in progress(keras_variables(weights, config), "saving"):
+                dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
+                if array.dtype == ml_dtypes.bfloat16:
+                    dataset.attrs["dtype"] = "bfloat16"
+    except RuntimeError as error:  # what h5py raises where a file cannot be closed
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def progress(named_arrays, what):
+    """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
+    from tqdm import tqdm
+
+    pairs = list(named_arrays)
+    total = sum(array.nbytes for _, array in pairs)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1) as bar:
+        for name, array in pairs:
+            yield name, array
+            bar.update(array.nbytes)
+
+
+@contextlib.contextmanager
+def staged(directory):
+    """Give a temporary directory to write to; at the end its files move to `directory`.
+
+    A directory that did not exist appears at once; in one that did, each file is replaced whole. On
+    failure nothing changes.
+    """
+    directory = pathlib.Path(directory).resolve()
+    there = directory.is_dir()
+    parent = directory if there else directory.parent
+    temporary = parent / f".{directory.name}.{os.urandom(8).hex()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if there:
+            for path in filter(pathlib.Path.is_file, sorted(temporary.rglob("*"))):
+                target = directory / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        else:
+            os.rename(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path, content):
+    """Write a dict to a JSON file."""
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def keras_object(module, class_name, config):
+    """Return the dict by which Keras's JSON files describe an object of KerasHub's."""
+    return {"module": f"keras_hub.src.{module}", "class_name": class_name, "config": config,
+            "registered_name": f"keras_hub>{class_name}"}
 
 
 # ---- The command line ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ is one finding among others. The exit status is 1 if there is any.
 
 import argparse
 import collections
+import gc
 import json
 import os
 import pathlib
@@ -35,6 +36,7 @@ def work(options, directory, first, pipe):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang ends the process: a finding
     judge = hostile_presets.Judge(directory / "preset", directory / "canary", directory / "tmp")
     names = list(judge.presets)
+    gc.freeze()  # each case collects garbage: among its own objects, not those of the libraries
 
     def report(*line):
         os.write(pipe, json.dumps(line).encode() + b"\n")
@@ -112,7 +114,8 @@ def main():
     rows = collections.defaultdict(collections.Counter)
     for change, outcomes in counts.items():
         group = change.split()[0]
-        rows[group if group in ("JSON", "safetensors", "HDF5", "index", "vocabulary")
+        rows[group if group in ("JSON", "safetensors", "HDF5", "index", "vocabulary",
+                               "tokenizer")
              else "bytes and files"].update(outcomes)
     rows["all"] = sum(rows.values(), collections.Counter())
     print(f"\n| what was changed | kinds of change | cases | {' | '.join(KINDS)} |")

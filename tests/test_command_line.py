@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import transformers
 from references import transformers_model, write_huggingface
 
 import phi3_ref
@@ -137,12 +138,14 @@ def test_seeds_repeat(causal_lm):
 
 
 def test_a_huggingface_directory(causal_lm, tmp_path):
-    """--preset with a directory that transformers wrote, plus the tokenizer's own file."""
+    """--preset with a directory that transformers wrote, tokenizer and all."""
     model = transformers_model(
         dict(vocab_size=causal_lm.backbone.vocabulary_size, max_position_embeddings=4096), seed=3
     )
     write_huggingface(model, tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(VOCABULARY.read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, legacy=True)
+    tokenizer.save_pretrained(tmp_path)
     ours = phi3_ref.Phi3CausalLM.from_preset(tmp_path)
     ours.compile(sampler="greedy")
     expected = ours.generate(chat_prompt(causal_lm, "Sort dog"), 40, strip_prompt=True)

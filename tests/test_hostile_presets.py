@@ -46,8 +46,20 @@ INDEX = {
     "swapped shards": f"is in another file|{ELSEWHERE}", "extra entry": None,
 }
 VOCABULARY = {
-    "more": "The tokenizer has|malformed tokenizer", "none": "SentencePiece|malformed tokenizer",
+    "more": "The tokenizer has", "none": "SentencePiece",
     "twice": "is already defined", "score": None, "sampling": None,
+}
+# Kind of change of a tokenizer.json: what may become of it, and what a refusal says.
+MALFORMED = "tokenizer.json is malformed"
+TOKENIZER = {
+    "more": ({"refused"}, "The tokenizer has|gives two tokens one id"),
+    "far": ({"refused"}, f"The tokenizer has|gives two tokens one id|{MALFORMED}"),
+    "twice": ({"refused", "equal"}, f"gives two tokens one id|{MALFORMED}"),  # equal: with itself
+    "template": ({"refused"}, MALFORMED), "model": ({"refused"}, MALFORMED),
+    "truncation": ({"equal"}, ""), "padding": ({"equal"}, ""), "decoder": ({"other tokenizer"}, ""),
+    "post_processor": ({"equal", "other settings"}, ""),
+    **dict.fromkeys(["fewer", "merges", "regex", "flags", "ids", "normalizer", "pre_tokenizer"], (
+        {"equal", "other tokenizer", "refused"}, f"gives two tokens one id|{MALFORMED}")),
 }
 DIRECTORY = {
     "pickle": "pickles .* are not read|has no 'model", "link": None,
@@ -106,7 +118,7 @@ def test_a_forged_preset_is_refused_by_name(judge, function, kind, message):
                        else "model*.json" if function is hostile_presets.spoil_index else "*")):
                 continue
             if function is hostile_presets.spoil_vocabulary and not any(
-                    path.suffix in (".spm", ".model") for path in judge.directory.rglob("*")):
+                    judge.directory.rglob("*.spm")):
                 continue
             function(judge.directory, OneKind(random.Random(seed), kind), *arguments)
             outcome = judge.outcome(name)
@@ -119,16 +131,43 @@ def test_a_forged_preset_is_refused_by_name(judge, function, kind, message):
     assert seen >= 2
 
 
+@pytest.mark.parametrize("kind", TOKENIZER)
+def test_a_forged_tokenizer_json_is_refused_by_name_or_read_as_transformers_does(judge, kind):
+    """Whether the library `tokenizers` returns an error, panics, or makes something of it."""
+    assert {*TOKENIZER} >= {*hostile_presets.PARTS}
+    kinds, message = TOKENIZER[kind]
+    for name in judge.presets:
+        for seed in range(8):
+            judge.write(name)
+            if name.startswith("huggingface"):
+                hostile_presets.spoil_tokenizer(judge.directory, OneKind(random.Random(seed), kind))
+                outcome = judge.outcome(name)
+                assert outcome.kind in kinds, outcome
+                assert outcome.kind != "refused" or re.search(message, outcome.detail), outcome
+
+
 def test_a_vocabulary_with_a_piece_that_is_no_utf8_is_refused_by_name(judge):
     """Found by the fuzzer: SentencePiece takes it, and fails when the piece is asked for."""
-    for name in ("keras, float32", "huggingface, float32"):
+    for name, file, message in (
+            ("keras, float32", "assets/tokenizer/vocabulary.spm", "utf-8"),
+            ("huggingface, float32", "tokenizer.json", MALFORMED)):
         judge.write(name)
-        path = [*judge.directory.rglob("*.spm"), *judge.directory.glob("tokenizer.model")][0]
+        path = judge.directory / file
         content = path.read_bytes()
         assert content.count(b"\xe2\x96\x81wor") == 1  # "▁wor"
         path.write_bytes(content.replace(b"\xe2\x96\x81wor", b"\xe2\x96\xf4wor"))
         outcome = judge.outcome(name)
-        assert outcome.kind == "refused" and "utf-8" in outcome.detail, outcome
+        assert outcome.kind == "refused" and message in outcome.detail, outcome
+
+
+def test_what_a_library_quotes_is_cut_short(judge):
+    """Found by the fuzzer: a refusal that repeated 100,000 characters of a tokenizer.json."""
+    name = "huggingface, float32"
+    judge.write(name)
+    path = judge.directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"added_tokens": "x" * 100_000}))
+    outcome = judge.outcome(name)
+    assert outcome.kind == "refused" and "xxx" in outcome.detail, outcome
 
 
 def test_the_heap_of_hdf5s_attributes_is_not_read(judge):

@@ -1,12 +1,14 @@
-"""The tokenizer and its preprocessor give KerasHub's ids, text and arrays, and transformers'.
+"""The tokenizers and their preprocessor give KerasHub's ids, text and arrays, and transformers'.
 
-The vocabulary is trained here: a small SentencePiece BPE with the settings of Phi-3's. The
-Hugging Face directories hold what Phi-3's do, and the variants found in the wild.
+The vocabularies are trained here: a small SentencePiece BPE with the settings of Phi-3's, and a BPE
+over bytes with Phi-4's. The Hugging Face directories hold what Microsoft's do, what transformers 5
+makes of them, and the variants found in the wild.
 """
 
 import io
 import itertools
 import json
+import os
 import re
 import types
 
@@ -14,6 +16,7 @@ import keras_hub
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -78,6 +81,9 @@ def keras_vocabulary(model, tokens=SPECIAL):
     return model.SerializeToString()
 
 
+KERAS = phi3_ref.Phi3Tokenizer(keras_vocabulary(LLAMA))
+
+
 def flags(content, **changes):
     """The JSON of an added token; Phi-3's strip the whitespace behind them, with few exceptions."""
     token = dict(content=content, lstrip=False, normalized=False, single_word=False, special=True)
@@ -95,12 +101,12 @@ def edit_json(path, change):
     write_json(path, content)
 
 
-def write_slow(directory, model=LLAMA, **settings):
+def write_model(directory, model=LLAMA, **settings):
     """Write the files of Phi-3's tokenizer, less tokenizer.json; return the directory."""
     first = len(ModelProto.FromString(model).pieces)
     ids = {token: first + index for index, token in enumerate(SPECIAL)}
     decoder = {"<unk>": 0, "<s>": 1, "</s>": 2, **ids}
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(model)
     write_json(directory / "config.json", dict(model_type="phi3"))
     write_json(directory / "added_tokens.json", ids)
@@ -114,99 +120,177 @@ def write_slow(directory, model=LLAMA, **settings):
     return directory
 
 
-def write_fast(directory, alone=False, scheme=None, prefix=True, start=False):
-    """Write tokenizer.json besides, with transformers' own conversion of the BPE.
+def write_microsoft(directory, start=False, model=LLAMA):
+    """Write Phi-3's files, tokenizer.json with transformers' own conversion of the BPE.
 
     Args:
-        alone: bool, remove the other files, and add tokens with other flags.
-        scheme: None for Phi-3's own normalizer, else Metaspace's "first", "always" or "never".
-        prefix: bool, whether a space is put before text and taken off again.
         start: bool, whether its post-processor adds the start token.
+        model: bytes, the SentencePiece model.
     """
-    write_slow(directory, add_bos_token=not start)  # not what counts: the post-processor does
+    # The setting is not what counts: the post-processor is.
+    write_model(directory, model, add_bos_token=not start)
     tokenizer = transformers.LlamaTokenizer.from_pretrained(directory, add_bos_token=start)
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
     replace = dict(type="Replace", pattern={"String": " "}, content="▁")
-    steps = [dict(type="Prepend", prepend="▁"), replace] if prefix else [replace]
+    steps = [dict(type="Prepend", prepend="▁"), replace]
 
     def change(content):
         content["model"]["unk_token"] = "<unk>"
-        content["pre_tokenizer"]["prepend_scheme"] = scheme
-        if scheme is None:
-            content["pre_tokenizer"] = None
-            content["normalizer"] = dict(type="Sequence", normalizers=steps)
-        if not prefix:
-            content["decoder"]["decoders"].pop()
-        if alone:
-            content["added_tokens"] += [
-                flags("<tag>", normalized=True, special=False, rstrip=False) | dict(id=511),
-                flags("<left>", lstrip=True) | dict(id=512),
-                flags("<|user") | dict(id=513),
-            ]
+        content |= dict(
+            pre_tokenizer=None, normalizer=dict(type="Sequence", normalizers=steps))
 
     edit_json(directory / "tokenizer.json", change)
-    if alone:
-        for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
-            (directory / name).unlink()
+    return directory
 
 
-def write_names_only(directory):
-    """tokenizer.model and added_tokens.json: no flags at all."""
-    write_slow(directory)
-    (directory / "tokenizer_config.json").unlink()
+def write_alone(directory, **settings):
+    """tokenizer.json alone, with all kinds of flags; `settings` replace its parts."""
+    write_microsoft(directory)
+    edit_json(directory / "tokenizer.json", lambda content: content.update(
+        added_tokens=content["added_tokens"] + [
+            flags("<tag>", normalized=True, special=False, rstrip=False) | dict(id=511),
+            flags("<left>", lstrip=True) | dict(id=512), flags("<|user") | dict(id=513)],
+        **settings))
+    for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
+        (directory / name).unlink()
 
 
-def write_saved_again(directory):
-    """What transformers writes when it saves what it has loaded."""
-    write_fast(directory.with_name("original"), start=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory.with_name("original"))
-    tokenizer.save_pretrained(directory)
+def metaspace(scheme):
+    """The parts of a tokenizer.json that put "▁" before texts in a newer way than Phi-3's."""
+    step = dict(type="Metaspace", replacement="▁", prepend_scheme=scheme, split=False)
+    return dict(normalizer=None, pre_tokenizer=step)
+
+
+def save_again(directory, original, **settings):
+    """Write what transformers writes when it saves what it has loaded: every fine-tune's files."""
+    transformers.AutoTokenizer.from_pretrained(original, **settings).save_pretrained(directory)
     write_json(directory / "config.json", dict(model_type="phi3"))
 
 
 def write_corrected_flags(directory):
-    """tokenizer_config.json has the last word on the flags of added tokens."""
-    write_fast(directory)
+    """tokenizer_config.json has the last word: on flags, on roles, and with tokens of its own."""
+    write_microsoft(directory)
+    write_json(directory / "special_tokens_map.json", dict(eos_token="<|end|>"))
+    edit_json(directory / "tokenizer_config.json", lambda config: (
+        config["added_tokens_decoder"].update({"512": flags("<left>"), "511": flags("<tag>")})))
     edit_json(directory / "tokenizer.json", lambda content: [
         token.update(rstrip=False) for token in content["added_tokens"]
     ])
 
 
+def write_older_settings(directory):
+    """Before tokenizer_config.json had the added tokens; with tokens that only it has."""
+    write_microsoft(directory, start=True)
+    (directory / "added_tokens.json").unlink()
+    edit_json(directory / "tokenizer_config.json", lambda config: (
+        config.pop("added_tokens_decoder"), config.pop("unk_token"), config.update(
+            bos_token="<|system|>", eos_token="<s>",
+            pad_token=flags("<tag>", __type="AddedToken"),
+            additional_special_tokens=["<left>", "<|user|>"])))
+    write_json(directory / "special_tokens_map.json", dict(
+        eos_token=flags("<|end|>"), unk_token="<unk>"))
+
+
+def write_limits(directory):
+    """What tokenizer.json says of the length of texts is for training."""
+    write_microsoft(directory, start=True)
+    edit_json(directory / "tokenizer.json", lambda content: content.update(
+        truncation=dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0),
+        padding=dict(strategy={"Fixed": 9}, direction="Left", pad_to_multiple_of=None, pad_id=0,
+                     pad_type_id=0, pad_token="<unk>")))
+
+
+PHI4_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|user|>", "<|end|>"]
+PHI4_WORDS = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def write_bytes(directory, start=False, **settings):
+    """A tokenizer like Phi-4's: BPE over bytes, other special tokens, whitespace of both sides."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PHI4_WORDS), "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(CORPUS.splitlines() * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, initial_alphabet=level.alphabet()))
+    tokenizer.add_special_tokens([
+        tokenizers.AddedToken(token, lstrip=token != "<|end|>", rstrip=True, special=True)
+        for token in PHI4_SPECIAL])
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    if start:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[
+                ("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(directory / "config.json", dict(model_type="phi3"))
+    write_json(directory / "tokenizer_config.json", dict(
+        bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        unk_token="�", add_bos_token=True, tokenizer_class="GPT2Tokenizer", **settings))
+    return directory
+
+
+def write_word_pieces(directory):
+    """BERT's kind: no Phi's, but a tokenizer.json is a tokenizer.json."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.train_from_iterator(CORPUS.splitlines(), tokenizers.trainers.WordPieceTrainer(
+        vocab_size=300, show_progress=False, special_tokens=["<unk>", "<|endoftext|>"]))
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(directory / "config.json", dict(model_type="phi3"))
+    write_json(directory / "tokenizer_config.json", dict(eos_token="<|endoftext|>"))
+
+
 DIRECTORIES = {
-    # tokenizer.model and tokenizer_config.json
-    "slow": write_slow,
-    "slow, legacy": lambda path: write_slow(path, legacy=True),
-    "slow, no prefix": lambda path: write_slow(path, add_prefix_space=False),
-    "slow, start token": lambda path: write_slow(path, add_bos_token=True),
-    "slow, names only": write_names_only,
-    "slow, normalizing": lambda path: write_slow(path, train(normalization_rule_name="nmt_nfkc")),
-    # tokenizer.json besides
-    "both": write_fast,
-    "both, start token": lambda path: write_fast(path, start=True),
-    "both, saved again": write_saved_again,
-    "both, other flags": write_corrected_flags,
-    # tokenizer.json alone
-    "json": lambda path: write_fast(path, alone=True),
-    "json, start token": lambda path: write_fast(path, alone=True, start=True),
-    "json, no prefix": lambda path: write_fast(path, alone=True, prefix=False),
-    "json, first": lambda path: write_fast(path, alone=True, scheme="first"),
-    "json, always": lambda path: write_fast(path, alone=True, scheme="always"),
-    "json, never": lambda path: write_fast(path, alone=True, scheme="never", prefix=False),
+    "Microsoft's": write_microsoft,
+    "Microsoft's, start token": lambda path: write_microsoft(path, start=True),
+    "Microsoft's, other flags": write_corrected_flags,
+    "Microsoft's, older": write_older_settings,
+    "Microsoft's, limits": write_limits,
+    # as `AutoTokenizer.from_pretrained(directory).save_pretrained(path)` writes them
+    "transformers 5's": lambda path: save_again(path, write_microsoft(sibling(path), start=True)),
+    "transformers 5's, of a model": lambda path: save_again(path, write_model(sibling(path))),
+    "transformers 5's, legacy": lambda path: save_again(
+        path, write_model(sibling(path)), legacy=True),
+    "transformers 5's, normalizing": lambda path: save_again(path, write_model(
+        sibling(path), train(normalization_rule_name="nmt_nfkc"), add_bos_token=True)),
+    "transformers 5's, bytes": lambda path: save_again(path, write_bytes(sibling(path))),
+    "json": write_alone,
+    "json, first": lambda path: write_alone(path, **metaspace("first")),
+    "json, always": lambda path: write_alone(path, **metaspace("always")),
+    "json, never": lambda path: write_alone(path, **metaspace("never")),
+    "json, no decoder": lambda path: write_alone(path, decoder=None),
+    "bytes": write_bytes,
+    "bytes, start token": lambda path: write_bytes(path, start=True),
+    "bytes, split": lambda path: write_bytes(
+        path, split_special_tokens=True,
+        mask_token=flags("<tag>", special=False, __type="AddedToken")),
+    "word pieces": write_word_pieces,
 }
+FAITHFUL = [kind for kind in DIRECTORIES  # of which text comes back
+            if "normalizing" not in kind and kind not in ("json, no decoder", "word pieces")]
+
+
+def sibling(path):
+    return path.with_name("original")
+
+
+def read_directory(kind, directory):
+    """Write a Hugging Face directory; return transformers' tokenizer, and our preprocessor."""
+    DIRECTORIES[kind](directory)
+    return types.SimpleNamespace(
+        kind=kind, directory=directory,
+        theirs=transformers.AutoTokenizer.from_pretrained(directory),
+        ours=phi3_ref.Phi3CausalLMPreprocessor.from_preset(directory),
+    )
 
 
 @pytest.fixture(scope="module", params=DIRECTORIES)
 def huggingface(request, tmp_path_factory):
-    """A Hugging Face directory: transformers' tokenizer of it, and our preprocessor."""
-    directory = tmp_path_factory.mktemp("huggingface") / "directory"
-    DIRECTORIES[request.param](directory)
-    # AutoTokenizer overrides the class that tokenizer_config.json names, which matters only here.
-    slow = request.param.startswith("slow")
-    reader = transformers.LlamaTokenizer if slow else transformers.AutoTokenizer
-    return types.SimpleNamespace(
-        kind=request.param, directory=directory, theirs=reader.from_pretrained(directory),
-        ours=phi3_ref.Phi3CausalLMPreprocessor.from_preset(directory),
-    )
+    return read_directory(request.param, tmp_path_factory.mktemp("huggingface") / "directory")
 
 
 @pytest.fixture(scope="module", params=["identity", "nmt_nfkc"])
@@ -227,7 +311,7 @@ def keras(request):
 def test_the_vocabulary_is_worth_testing_with():
     """It has merges, runs of spaces, characters as bytes, and is built like Phi-3's."""
     tokenizer = phi3_ref.Phi3Tokenizer(keras_vocabulary(LLAMA))
-    pieces = tokenizer.pieces
+    pieces = list(tokenizer.pieces.values())
     assert pieces[:4] == ["<unk>", "<s>", "</s>", "<0x00>"] and pieces[500:] == SPECIAL
     assert max(len(piece) for piece in pieces[:500]) >= 5 and "▁▁▁▁" in pieces
     assert tokenizer("汉") == [tokenizer.token_to_id(p) for p in "▁ <0xE6> <0xB1> <0x89>".split()]
@@ -248,11 +332,12 @@ def test_keras_ids(keras, texts):
 @given(token_ids=st.lists(st.integers(0, 510) | st.integers(3, 258), max_size=12))
 @example(token_ids=[])
 @example(token_ids=[1, 3 + 0x20, 0, 3 + 0xF0, 3 + 0x9F, 0, 510])
+@example(token_ids=[KERAS.token_to_id("x"), 1, KERAS.token_to_id("▁the")])  # 1: without a text
 def test_keras_text(keras, token_ids):
     """Any ids, broken characters among them, become the text KerasHub makes of them."""
     text = keras.ours.detokenize(token_ids)
     assert text == keras.theirs.detokenize(token_ids)
-    assert "".join(keras.ours.detokenize_stream(token_ids)) == text
+    check_stream(keras.ours, token_ids)
     assert keras.ours.detokenize(np.array([token_ids, token_ids], "int32")) == [text, text]
 
 
@@ -277,33 +362,111 @@ def test_huggingface_ids(huggingface, text):
 @example(token_ids=[3 + 0x20, 3 + 0x41, 3 + 0xFF, 511])
 def test_huggingface_text(huggingface, token_ids):
     """Any ids, unknown ones among them, become the text transformers decodes them to."""
-    tokenizer = huggingface.ours.tokenizer
-    text = tokenizer.detokenize(token_ids)
+    text = huggingface.ours.tokenizer.detokenize(token_ids)
     assert text == huggingface.theirs.decode(token_ids)
-    assert "".join(tokenizer.detokenize_stream(token_ids)) == text
+    check_stream(huggingface.ours.tokenizer, token_ids)
+
+
+@settings(max_examples=examples(40))
+@given(text=TEXTS)
+def test_huggingface_text_of_a_text(huggingface, text):
+    """So do the ids of a text, in which characters are whole more often than not."""
+    token_ids = huggingface.theirs(text)["input_ids"]
+    assert huggingface.ours.tokenizer.detokenize(token_ids) == huggingface.theirs.decode(token_ids)
+    check_stream(huggingface.ours.tokenizer, token_ids)
+
+
+def test_huggingface_special_tokens(huggingface):
+    """Start, end, padding and the unknown are those of transformers, and so are all tokens."""
+    ours, theirs = huggingface.ours.tokenizer, huggingface.theirs
+    if huggingface.ours.add_start_token:  # what is added counts, whatever has the name
+        assert ours.start_token_id == theirs("a")["input_ids"][0]
+    else:
+        assert ours.start_token_id == theirs.bos_token_id
+    assert ours.end_token_id == theirs.eos_token_id
+    assert ours.pad_token_id == (theirs.pad_token_id or 0)
+    assert ours.token_to_id("no such") == theirs.unk_token_id
+    assert ours.vocabulary_size() == len(theirs) and ours.ids == theirs.get_vocab()
+    for token, token_id in ours.ids.items():
+        assert ours.id_to_token(token_id) == token and ours.token_to_id(token) == token_id
+
+
+def test_the_forms_differ(tmp_path):
+    """What the directories are here for: ids of one text, by the form of its tokenizer.json."""
+    text, ids = "The fox<|end|>\n a", {}
+    for number, kind in enumerate(DIRECTORIES):
+        ids[kind] = tuple(read_directory(kind, tmp_path / f"{number}" / "x").ours.tokenizer(text))
+    assert len(set(ids.values())) == 7
+    for kind in ("transformers 5's", "transformers 5's, legacy", "Microsoft's, limits"):
+        assert ids[kind] == ids["Microsoft's"]
+    assert ids["transformers 5's, bytes"] == ids["bytes"] != ids["bytes, split"]
 
 
 def test_an_end_token_is_no_start_token(tmp_path):
     """A post-processor that only appends a token adds no start token."""
-    tokenizer = transformers.LlamaTokenizer.from_pretrained(write_slow(tmp_path))
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(write_model(tmp_path))
     tokenizer.add_eos_token = True
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"][0] != 1
     assert phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path).add_start_token is False
 
 
-def test_tokenizer_model_alone(tmp_path):
-    """Without a tokenizer.json, AutoTokenizer gives our ids, for chats and for plain text."""
-    theirs = transformers.AutoTokenizer.from_pretrained(write_slow(tmp_path))
+def test_tokens_that_are_not_there(tmp_path):
+    """Settings that name no start and no end token: none is added, none ends an answer."""
+    write_alone(tmp_path / "preset")
+    tokenizer = phi3_ref.Phi3Tokenizer.from_preset(tmp_path / "preset")
+    assert isinstance(tokenizer, phi3_ref.Phi3Tokenizer)
+    assert tokenizer.start_token_id is tokenizer.end_token_id is None
+    assert tokenizer.special_token_ids == [] and tokenizer.pad_token_id == 0
+    preprocessor = phi3_ref.Phi3CausalLMPreprocessor(tokenizer, 8)
+    assert preprocessor.add_start_token is False
+    prompt = preprocessor.generate_preprocess("The fox")
+    assert prompt["token_ids"][prompt["padding_mask"]].tolist() == tokenizer("The fox")
+    assert preprocessor.generate_postprocess(prompt) == "The fox"
+    with pytest.raises(ValueError, match="has no end token"):
+        phi3_ref.Phi3CausalLMPreprocessor(tokenizer, add_end_token=True)
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("Microsoft's", ["<|endoftext|>", "<|end|>"]), ("json", ["<|endoftext|>", "<|end|>"]),
+    ("bytes", ["<|im_end|>", "<|endoftext|>", "<|end|>"]), ("word pieces", ["<|endoftext|>"]),
+])
+def test_what_ends_an_answer(kind, expected, tmp_path):
+    """The tokenizer's own end token, beside Phi-3's where it has them."""
+    preprocessor = read_directory(kind, tmp_path / "preset").ours
+    size = preprocessor.tokenizer.vocabulary_size()
+    backbone = phi3_ref.Phi3Backbone(size, 1, 8, 8, 2, 1, max_sequence_length=16)
+    stops = phi3_ref.Phi3CausalLM(backbone, preprocessor).resolve_stop_tokens("auto")
+    assert [preprocessor.tokenizer.id_to_token(token_id) for token_id in stops] == expected
+
+
+def test_a_tokenizer_model_alone(tmp_path):
+    """It is refused with what to do, and doing that gives the ids of Microsoft's tokenizer.json."""
+    write_model(tmp_path)
+    for read in (phi3_ref.Phi3Tokenizer, phi3_ref.Phi3CausalLMPreprocessor, phi3_ref.Phi3CausalLM):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
+            read.from_preset(tmp_path)
+    call = "AutoTokenizer.from_pretrained(directory, legacy=True).save_pretrained(directory)"
+    assert call in str(error.value)
+    eval("transformers." + call, dict(transformers=transformers, directory=tmp_path))
     ours = phi3_ref.Phi3Tokenizer.from_preset(tmp_path)
-    for text in ("<|user|>\nThe quick fox?<|end|>\n<|assistant|>\n", "fox", " fox"):
-        assert ours(text) == theirs(text)["input_ids"]
+    microsoft = transformers.AutoTokenizer.from_pretrained(write_microsoft(tmp_path / "microsoft"))
+
+    @settings(max_examples=examples(100))
+    @given(text=TEXTS)
+    @example(text="<|user|>\nThe quick fox?<|end|>\n<|assistant|>\n")
+    @example(text=" ▁ x")
+    def check(text):
+        assert ours(text) == microsoft(text)["input_ids"]
+
+    check()
 
 
 # A first space could be the prefix; added tokens take spaces away; "▁" comes back as a space.
 PLAIN_TEXTS = TEXTS.map(lambda text: "x" + re.sub("[<▁]", "", text))
 
 
+@pytest.mark.parametrize("huggingface", FAITHFUL, indirect=True)
 @settings(max_examples=examples(20))
 @given(text=PLAIN_TEXTS)
 def test_huggingface_round_trip(huggingface, text):
@@ -316,9 +479,6 @@ def test_huggingface_round_trip(huggingface, text):
 def test_keras_round_trip(text):
     """So it does with a Keras vocabulary, special tokens and first spaces included."""
     assert KERAS.detokenize(KERAS(text)) == text
-
-
-KERAS = phi3_ref.Phi3Tokenizer(keras_vocabulary(LLAMA))
 
 
 # Streaming ---------------------------------------------------------------------------------------
@@ -338,24 +498,35 @@ def pieces_per_token(tokenizer, token_ids):
     return counts, "".join(seen)
 
 
+def check_stream(tokenizer, token_ids):
+    """The stream shows at every moment all of the text that no later token can change."""
+    shown, whole = pieces_per_token(tokenizer, token_ids)
+    assert whole == tokenizer.detokenize(token_ids)
+    for count, seen in enumerate(shown):
+        token_id, text = token_ids[count], tokenizer.detokenize(token_ids[: count + 1])
+        certain = text.rstrip("�")  # which can be the beginning of a character
+        assert whole.startswith(seen) and certain.startswith(seen)
+        if token_id in tokenizer.pieces and not (
+                re.fullmatch("<0x..>", tokenizer.id_to_token(token_id))):
+            assert seen == certain
+
+
 def test_a_stream_never_shows_half_a_character(huggingface):
-    """Every moment's text is a beginning of the whole, and at most a run of bytes behind."""
+    """Every moment's text is a beginning of the whole, and at most a character behind."""
     text = "The 🤖 of 汉 says é: 👩\u200d🚀 go <|user|> a"
     for tokenizer in (KERAS, huggingface.ours.tokenizer):
         token_ids = tokenizer(text)
-        shown, whole = pieces_per_token(tokenizer, token_ids)
-        assert whole == tokenizer.detokenize(token_ids) and "�" not in "".join(shown)
-        for count, token_id in enumerate(token_ids):
-            assert whole.startswith(shown[count])
-            if not re.fullmatch("<0x..>", tokenizer.id_to_token(token_id)):
-                assert shown[count] == tokenizer.detokenize(token_ids[: count + 1])
+        check_stream(tokenizer, token_ids)
+        assert not any("�" in seen for seen in pieces_per_token(tokenizer, token_ids)[0])
 
 
-def test_a_stream_needs_no_end():
+def test_a_stream_needs_no_end(huggingface):
     """It decodes what is new, however long the text: an endless one can be watched."""
-    token_ids = [KERAS.token_to_id(piece) for piece in ("▁", "a", "<0xC3>", "<0xA9>")]
-    stream = KERAS.detokenize_stream(itertools.cycle(token_ids))
-    assert "".join(itertools.islice(stream, 10_000)).startswith("aé aé aé")
+    for tokenizer in (KERAS, huggingface.ours.tokenizer):
+        token_ids = tokenizer(" aé lazy dog")
+        stream = tokenizer.detokenize_stream(itertools.cycle(token_ids))
+        text = "".join(itertools.islice(stream, 10_000))
+        assert len(text) >= 10_000 and text.startswith(tokenizer.detokenize(token_ids * 3))
 
 
 # Chats -------------------------------------------------------------------------------------------
@@ -379,7 +550,7 @@ def test_chat_template(messages, prompt, chat_tokenizer):
 def chat_tokenizer(tmp_path_factory):
     """A tokenizer of transformers, with Phi-3's template."""
     directory = tmp_path_factory.mktemp("chat")
-    return transformers.LlamaTokenizer.from_pretrained(write_slow(directory))
+    return transformers.LlamaTokenizer.from_pretrained(write_model(directory))
 
 
 @pytest.mark.parametrize(
@@ -511,21 +682,65 @@ def test_keras_loads_what_we_save(tmp_path, start, end):
 
 # KerasHub leaves the vocabulary's file open.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_keras_loads_a_huggingface_tokenizer(huggingface, tmp_path):
+@pytest.mark.parametrize("kind", [
+    kind for kind in DIRECTORIES if kind.startswith(("Micro", "transf")) and "bytes" not in kind])
+def test_keras_loads_a_huggingface_tokenizer(kind, tmp_path):
     """Saved, its tokens keep their ids, and KerasHub tokenizes what is plain text as before."""
-    huggingface.ours.save_to_preset(tmp_path)
-    write_keras_config(tmp_path)
-    theirs = keras_hub.models.Phi3CausalLMPreprocessor.from_preset(str(tmp_path))
-    again = phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path)
-    assert theirs.tokenizer.get_vocabulary() == again.tokenizer.pieces
-    ids = huggingface.theirs.get_vocab()
-    assert again.tokenizer.pieces == sorted(ids, key=ids.get)
+    huggingface = read_directory(kind, tmp_path / "directory")
+    if kind.startswith("transformers"):  # which does not write it
+        model = (sibling(huggingface.directory) / "tokenizer.model").read_bytes()
+        (huggingface.directory / "tokenizer.model").write_bytes(model)
+    huggingface.ours.save_to_preset(tmp_path / "keras")
+    write_keras_config(tmp_path / "keras")
+    theirs = keras_hub.models.Phi3CausalLMPreprocessor.from_preset(str(tmp_path / "keras"))
+    again = phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path / "keras")
+    assert theirs.tokenizer.get_vocabulary() == list(again.tokenizer.pieces.values())
+    assert again.tokenizer.ids == huggingface.theirs.get_vocab()
     assert theirs.add_start_token == again.add_start_token == huggingface.ours.add_start_token
     assert list(theirs.tokenizer(TEXT)) == again.tokenizer(TEXT)
     plain = "The quick fox: 🤖汉 and 12345 pieces"
     assert again.tokenizer(plain) == huggingface.ours.tokenizer(plain)
-    if huggingface.kind == "both":  # as good as the vocabulary that KerasHub's converter makes
-        assert again.tokenizer(TEXT + "</s> <s>  <unk>") == KERAS(TEXT + "</s> <s>  <unk>")
+    if kind in ("Microsoft's", "transformers 5's"):  # what KerasHub's own converter makes
+        assert again.tokenizer.proto == KERAS.proto
+
+
+def spoil_model(change):
+    """A change of a directory: its SentencePiece model, after `change(model)`."""
+    def spoil(path):
+        model = ModelProto.FromString((path / "tokenizer.model").read_bytes())
+        change(model)
+        (path / "tokenizer.model").write_bytes(model.SerializeToString())
+    return spoil
+
+
+@pytest.mark.parametrize("write, spoil, message", [
+    (write_microsoft, lambda path: (path / "tokenizer.model").unlink(),
+     "Put the tokenizer.model that it was made from beside it"),
+    (write_bytes, lambda path: None, "Put the tokenizer.model that it was made from beside it"),
+    (write_bytes, lambda path: (path / "tokenizer.model").write_bytes(LLAMA),
+     "tokenizer.model has no place for the token '!' at 0"),
+    (write_microsoft, spoil_model(lambda model: model.pieces.pop()),
+     "tokenizer.model has no place for the token .* at 499"),
+    (write_microsoft, spoil_model(lambda model: model.pieces.add(piece="x", type=1)),
+     "tokenizer.model has no place for the token '<|endoftext|>' at 500"),
+    (write_microsoft, spoil_model(lambda model: setattr(model.pieces[300], "piece", "other")),
+     "tokenizer.model has no place for the token .* at 300"),
+    (write_microsoft, lambda path: (path / "tokenizer.model").write_bytes(b"no model"),
+     "tokenizer.model is malformed"),
+    (write_microsoft, lambda path: os.truncate(path / "tokenizer.model", 2**26),
+     "tokenizer.model has 67,108,864 bytes"),
+])
+def test_what_keras_cannot_express(write, spoil, message, tmp_path):
+    """Saving without the model that tokenizer.json was made from is an error that asks for it."""
+    write(tmp_path / "preset")
+    spoil(tmp_path / "preset")
+    preprocessor = phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path / "preset")
+    backbone = phi3_ref.Phi3Backbone(514, 1, 8, 8, 2, 1)
+    for part in (preprocessor, preprocessor.tokenizer,
+                 phi3_ref.Phi3CausalLM(backbone, preprocessor)):
+        with pytest.raises(ValueError, match=f"preset/.*{message}"):
+            part.save_to_preset(tmp_path / "keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["preset"]
 
 
 def test_what_a_tokenizer_tells(keras):
@@ -544,31 +759,16 @@ def test_what_a_tokenizer_tells(keras):
 # Errors ------------------------------------------------------------------------------------------
 
 
-def byte_level(directory):
-    """A tokenizer.json like Phi-4's: a BPE over bytes."""
-    write_fast(directory, alone=True)
-    edit_json(directory / "tokenizer.json", lambda c: c["model"].update(byte_fallback=False))
-
-
 @pytest.mark.parametrize("write", [
     lambda path: (path.mkdir(), write_json(path / "config.json", dict(model_type="phi3"))),
     lambda path: (path.mkdir(), write_keras_config(path)),
-    byte_level,
 ])
-def test_no_sentencepiece_tokenizer(write, tmp_path):
-    """No files, or another kind of tokenizer: no preprocessor, and an error for who insists."""
+def test_no_tokenizer(write, tmp_path):
+    """No files: no preprocessor, and an error for who insists on one."""
     write(tmp_path / "preset")
     assert phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path / "preset") is None
-    with pytest.raises(ValueError, match="preset' has no SentencePiece tokenizer"):
+    with pytest.raises(ValueError, match="preset' has no tokenizer"):
         phi3_ref.Phi3Tokenizer.from_preset(tmp_path / "preset")
-
-
-def change_token(path, token_id, **changes):
-    """Change an added token of tokenizer_config.json; `number` moves it to another id."""
-    def change(content):
-        token = content["added_tokens_decoder"].pop(str(token_id))
-        content["added_tokens_decoder"][str(changes.pop("number", token_id))] = token | changes
-    edit_json(path / "tokenizer_config.json", change)
 
 
 def update(name, **changes):
@@ -576,33 +776,100 @@ def update(name, **changes):
     return lambda path: edit_json(path / name, lambda content: content.update(changes))
 
 
-@pytest.mark.parametrize("slow, spoil, message", [
-    (True, lambda path: change_token(path, 510, number=511), "<|user|>"),
-    (True, lambda path: change_token(path, 2, content="</x>"), "</x>"),
-    (True, lambda path: change_token(path, 510, single_word=True), "single_word"),
-    (True, update("tokenizer_config.json", added_tokens_decoder={"510": {}}), "content"),
-    (True, update("added_tokens.json", **{"<x>": -1}), "<x>"),
-    (True, lambda path: (path / "tokenizer.model").write_bytes(b"no model"), "DecodeError"),
-    (True, lambda path: (path / "tokenizer.model").write_bytes(b""), "cannot add"),
-    (False, update("tokenizer.json", normalizer={"type": "Lowercase"}), "Lowercase"),
-    (False, update("tokenizer.json", pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
-    (False, update("tokenizer.json", decoder={"type": "Metaspace"}), "decoders"),
-    (False, update("tokenizer.json", added_tokens=None), "tokenizer"),
-    (False, lambda path: edit_json(
-        path / "tokenizer.json", lambda content: content["model"].pop("merges")), "merges"),
-    (False, lambda path: edit_json(
-        path / "tokenizer.json", lambda content: content["model"]["vocab"].pop("a")), "the id"),
-    (False, update("tokenizer.json", model={
-        "byte_fallback": True, "merges": [], "vocab": {"<unk>": 0, "a": 1}}), "<s>"),
-    (False, lambda path: (path / "tokenizer.json").write_text("[]"), "tokenizer.json"),
-    (False, lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json"),
+def spoil_token(**changes):
+    """A change of a directory: the flags of an added token in tokenizer_config.json."""
+    return lambda path: edit_json(path / "tokenizer_config.json", lambda content: (
+        content["added_tokens_decoder"]["510"].update(changes)))
+
+
+CHARSMAP = dict(type="Precompiled", precompiled_charsmap="")
+TEMPLATE = dict(  # of a token with an id that nobody has: the library panics when it encodes
+    type="TemplateProcessing", single=[{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 2 + [
+        {"Sequence": {"id": "A", "type_id": 0}}], pair=[{"Sequence": {"id": "A", "type_id": 0}}],
+    special_tokens={"<s>": dict(id="<s>", ids=[1], tokens=["<s>"])})
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (update("tokenizer.json", normalizer={"type": "Uppercase"}), "tokenizer.json is malformed"),
+    (update("tokenizer.json", normalizer=CHARSMAP), "tokenizer.json is malformed: PanicException"),
+    (update("tokenizer.json", pre_tokenizer=dict(type="FixedLength", length=0)),
+     "tokenizer.json is malformed: PanicException"),
+    (update("tokenizer.json", post_processor=TEMPLATE), "puts more than one token before a text"),
+    (update("tokenizer.json", added_tokens=None), "tokenizer.json is malformed"),
+    (update("tokenizer.json", model={
+        "type": "WordLevel", "vocab": {"x": 0}, "unk_token": "y"}), "Missing [UNK] token"),
+    (lambda path: edit_json(
+        path / "tokenizer.json", lambda content: content["model"].pop("merges")), "malformed"),
+    (lambda path: edit_json(
+        path / "tokenizer.json", lambda content: content["model"]["vocab"].pop("a")),
+     "Token `a` out of vocabulary"),
+    (lambda path: edit_json(
+        path / "tokenizer.json", lambda content: content["model"]["vocab"].update(x9=400)),
+     "tokenizer.json gives two tokens one id"),
+    (lambda path: (path / "tokenizer.json").write_text("[]"), "tokenizer.json is malformed"),
+    (lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json is malformed"),
+    (lambda path: (path / "tokenizer.json").write_text(""), "tokenizer.json is malformed"),
+    (lambda path: (path / "tokenizer.json").write_text('{"a":' * 10**5), "malformed"),
+    (lambda path: (path / "tokenizer.json").write_bytes(b"\xff\xfe{}"), "malformed"),
+    (lambda path: os.truncate(path / "tokenizer.json", 2**26), "67,108,864 bytes"),
+    (spoil_token(lstrip=None), "tokenizer_config.json"),
+    (spoil_token(content=5), "tokenizer_config.json"),
+    (update("tokenizer_config.json", added_tokens_decoder={"x": flags("x")}),
+     "tokenizer_config.json"),
+    (update("tokenizer_config.json", added_tokens_decoder=[]), "tokenizer_config.json"),
+    (update("tokenizer_config.json", bos_token=5), "tokenizer_config.json"),
+    (update("tokenizer_config.json", eos_token={"text": "x"}), "tokenizer_config.json"),
+    (update("tokenizer_config.json", extra_special_tokens=5), "tokenizer_config.json"),
+    (update("tokenizer_config.json", split_special_tokens="no"), "tokenizer_config.json"),
+    (lambda path: (path / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json"),
+    (lambda path: (write_json(path / "tokenizer_config.json", {}),
+                   write_json(path / "special_tokens_map.json", [])), "special_tokens_map.json"),
 ])
-def test_malformed_huggingface_files(slow, spoil, message, tmp_path):
-    """Files that cannot be right are an error that names the directory and what is wrong."""
-    (write_slow if slow else write_fast)(tmp_path / "preset")
+def test_malformed_huggingface_files(spoil, message, tmp_path):
+    """Files that cannot be right are an error that names them and what is wrong."""
+    write_microsoft(tmp_path / "preset")
     spoil(tmp_path / "preset")
-    with pytest.raises(ValueError, match=f"preset.*{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"preset/.*{re.escape(message)}"):
         phi3_ref.Phi3Tokenizer.from_preset(tmp_path / "preset")
+
+
+def test_what_only_a_text_shows_to_be_malformed(tmp_path):
+    """Where the library fails later, on some texts, the file is named then."""
+    write_word_pieces(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", lambda content: content.update(
+        added_tokens=[], model=content["model"] | dict(unk_token="<no>")))
+    tokenizer = phi3_ref.Phi3Tokenizer.from_preset(tmp_path)
+    assert tokenizer("The fox") == transformers.AutoTokenizer.from_pretrained(tmp_path)(
+        "The fox")["input_ids"]
+    with pytest.raises(ValueError, match=r"tokenizer\.json is malformed: .*UNK"):
+        tokenizer("🤖")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError])
+def test_what_is_not_the_files_fault(error, monkeypatch, tmp_path):
+    """An interruption, say, is not taken for a panic of the library."""
+    tokenizer = phi3_ref.Phi3Tokenizer.from_preset(write_bytes(tmp_path))
+
+    class Interrupted:
+        def encode(self, *args, **kwargs):
+            raise error
+
+    monkeypatch.setattr(tokenizer, "tokenizer", Interrupted())
+    with pytest.raises(error):
+        tokenizer("a")
+
+
+def test_spaces_around_punctuation(tmp_path):
+    """Where transformers mends them, it is refused; for a BPE the setting does nothing."""
+    for write, name in ((write_bytes, "bytes"), (write_word_pieces, "words")):
+        write(tmp_path / name)
+        update("tokenizer_config.json", clean_up_tokenization_spaces=True)(tmp_path / name)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "bytes")
+    token_ids = theirs("a . b , c")["input_ids"]
+    ours = phi3_ref.Phi3Tokenizer.from_preset(tmp_path / "bytes")
+    assert ours.detokenize(token_ids) == theirs.decode(token_ids) == "a . b , c"
+    with pytest.raises(ValueError, match=r"words/tokenizer_config\.json: .* must be false"):
+        phi3_ref.Phi3Tokenizer.from_preset(tmp_path / "words")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -621,13 +888,17 @@ def test_bad_vocabularies(content, message, tmp_path):
         phi3_ref.Phi3Tokenizer(str(tmp_path / "missing.spm"))
 
 
-def test_bad_arguments():
+def test_bad_arguments(tmp_path):
     """What is no text, no token id, no length is an error."""
     for text in (None, 5, ["a", 5], [["a"]], b"a"):
         with pytest.raises(ValueError, match="`text`"):
             KERAS(text)
         with pytest.raises(ValueError, match="`text`"):
             phi3_ref.Phi3CausalLMPreprocessor(KERAS)(text)
+    for tokenizer in (KERAS, phi3_ref.Phi3Tokenizer.from_preset(write_bytes(tmp_path))):
+        for text in ("\ud800", ["a", "a\udcffb"]):  # halves of surrogate pairs
+            with pytest.raises(ValueError, match="surrogates not allowed"):
+                tokenizer(text)
     for token_id in (-1, 511):
         with pytest.raises(ValueError, match=str(token_id)):
             KERAS.id_to_token(token_id)
