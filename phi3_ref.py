@@ -243,8 +243,8 @@ def random_weights(config, seed=None, xp=np):
     def make(name, shape):
         if len(shape) == 1:
             return xp.ones(shape, config.weight_dtype)
-        normal = rng.standard_normal(shape, np.float32)
-        normal *= np.float32(0.01 if name.endswith("embedding") else 0.02)
+        stddev = np.float32(0.01 if name.endswith("embedding") else 0.02)
+        normal = rng.standard_normal(shape, np.float32) * stddev
         return xp.asarray(normal.astype(config.weight_dtype, copy=False))
 
     return config.build_weights(make)
