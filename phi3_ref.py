@@ -1004,16 +1004,7 @@ def dtype_policy_name(dtype):
 # ---- The backbone --------------------------------------------------------------------------------
 
 
-class Backbone:
-    """Base class: `Backbone.from_preset` picks the class that a preset's config names."""
-
-    @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """Build a backbone from a preset; see `Phi3Backbone.from_preset`."""
-        return Phi3Backbone.from_preset(preset, load_weights, **kwargs)
-
-
-class Phi3Backbone(Backbone):
+class Phi3Backbone:
     """Phi-3 without its output projection: token ids to hidden states.
 
     The sizes and settings are `Phi3Config`'s, each of which is an attribute here, too.
@@ -1147,10 +1138,6 @@ class Phi3Backbone(Backbone):
                     "With `tie_word_embeddings`, weights[1] must be weights[0] transposed.")
         self.weights = ours
 
-    def count_params(self):
-        """Return the number of parameters, an int."""
-        return self.config.count_params()
-
     def summary(self):
         """Print a table of the weights: name, shape, parameters and bytes."""
         print(f'Model "{self.name}", {self.dtype} policy')
@@ -1241,6 +1228,9 @@ class Phi3Backbone(Backbone):
             write_weights(temporary / "model.weights.h5", self.weights, self.config)
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
+
+
+Backbone = Phi3Backbone  # whose `from_preset`, in KerasHub, picks the class that a config names
 
 
 # ---- Tokenizer and preprocessor ------------------------------------------------------------------
