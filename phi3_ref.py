@@ -258,13 +258,6 @@ def random_weights(config, seed=None, xp=np):
 # are results, but for rounding.
 
 
-def functions_for(config):
-    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
-    if config.fused:
-        return linear, rms_norm, attention
-    return textbook_linear, textbook_rms_norm, textbook_attention
-
-
 def textbook_linear(x, weight):
     """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out]."""
     return matmul(x, weight.T)
@@ -423,6 +416,13 @@ def dropout(x, rate, rng):
     return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
 
 
+def functions_for(config):
+    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
+    if config.fused:
+        return linear, rms_norm, attention
+    return textbook_linear, textbook_rms_norm, textbook_attention
+
+
 # What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
 # last is the layer's result, whose name is the layer's alone; the model taps it.
 LAYER_TAPS = {
@@ -546,6 +546,22 @@ class KVCache:
 # ---- The model -----------------------------------------------------------------------------------
 
 
+def cast(weight, config):
+    """Return `weight` in the compute dtype: a copy in the mixed policies only."""
+    return weight.astype(config.compute_dtype, copy=False)
+
+
+def token_embedding(weights, config, token_ids):
+    """Return the vectors [B, S, D] of token ids [B, S]."""
+    return cast(weights["token_embedding"][token_ids], config)
+
+
+def reverse_embedding(weights, config, hidden_states):
+    """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
+    linear, _, _ = functions_for(config)
+    return linear(hidden_states, cast(weights["reverse_embedding"], config))
+
+
 def forward(weights, config, token_ids, padding_mask=None, cache=None, total=None, rng=None,
             tap=no_tap):
     """Compute the hidden states of token ids, all at once or the next ones of a cached sequence.
@@ -582,22 +598,6 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
     _, rms_norm, _ = functions_for(config)
     scale = cast(weights["sequence_output_layernorm"], config)
     return tap("sequence_output_layernorm", rms_norm(x, scale, config.layer_norm_epsilon))
-
-
-def token_embedding(weights, config, token_ids):
-    """Return the vectors [B, S, D] of token ids [B, S]."""
-    return cast(weights["token_embedding"][token_ids], config)
-
-
-def reverse_embedding(weights, config, hidden_states):
-    """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
-    linear, _, _ = functions_for(config)
-    return linear(hidden_states, cast(weights["reverse_embedding"], config))
-
-
-def cast(weight, config):
-    """Return `weight` in the compute dtype: a copy in the mixed policies only."""
-    return weight.astype(config.compute_dtype, copy=False)
 
 
 # ---- The same, faster ----------------------------------------------------------------------------
