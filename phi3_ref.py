@@ -2624,7 +2624,7 @@ def read_weights(preset, config, xp):
                 raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
             for stored_name, tensor in tensors.items():
                 name = stored_name if keras else name_in_causal_lm(stored_name)
-                require(name not in found, f"{path}: {name} is there twice, or in another file")
+                require(name not in found, f"{path}: {name} is in another file, or under another name")
                 found[name] = tensor
                 if weight_map is not None and not is_superfluous(name):
                     # Keras's lists groups; one may be spread over files.
