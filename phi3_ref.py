@@ -2382,15 +2382,14 @@ class Preset:
         self.directory = pathlib.Path(self.handle)
         self.fetch(*SMALL_FILES)
         self.config = self.json("config.json")
-        keras = "model_type" not in (self.config or {"model_type": None})
-        self.format = "keras" if keras else "huggingface"
-        require(keras or self.file("adapter_config.json") is None,
+        self.format = "keras" if "registered_name" in (self.config or {}) else "huggingface"
+        require(self.format == "keras" or self.file("adapter_config.json") is None,
                 f"{self.name}/adapter_config.json: an adapter is not applied here. Merge it into "
                 "its model: PEFT's merge_and_unload(), then save_pretrained(directory).")
         if self.config is None:
             raise PresetNotFoundError(f"preset {self.name!r} has no config.json")
-        found = self.config.get("model_type", self.config.get("registered_name"))
-        known = *HUGGINGFACE_DEFAULTS, "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"
+        found = self.config.get("registered_name", self.config.get("model_type"))
+        known = "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone", *HUGGINGFACE_DEFAULTS
         require(found in known,
                 f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
 
@@ -2624,7 +2623,8 @@ def read_weights(preset, config, xp):
                 raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
             for stored_name, tensor in tensors.items():
                 name = stored_name if keras else name_in_causal_lm(stored_name)
-                require(name not in found, f"{path}: {name} is in another file, or under another name")
+                require(name not in found,
+                        f"{path}: {name} is in another file or under another name, too")
                 found[name] = tensor
                 if weight_map is not None and not is_superfluous(name):
                     # Keras's lists groups; one may be spread over files.
