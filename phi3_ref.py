@@ -773,13 +773,9 @@ def huggingface_tensors(weights, config):
 
 
 def split_tensors(name, array, config):
-    """Yield (name, view) of the parts, one below the other, that make up a weight fused in Phi-3.
+    """Yield (name, view) of the parts in which Llama's and Mistral's files hold a fused weight.
 
-    So Llama's and Mistral's files hold them, and with them many a Phi-3's; other weights have none.
-
-    Args:
-        name, array: as `huggingface_tensors` yields them.
-        config: the Phi3Config.
+    Other weights have none. Arguments: what `huggingface_tensors` yields, and its Phi3Config.
     """
     H, K = config.num_query_heads, config.num_key_value_heads
     for fused, parts, shares in (("qkv_proj", ("q_proj", "k_proj", "v_proj"), (H, K, K)),
@@ -799,18 +795,19 @@ def name_in_causal_lm(name):
     return f"model.{name}" if bare else name
 
 
-# What a config.json may leave out, by model type. Phi-3s are published under the names of Llama and
-# Mistral, too, which compute the same.
+# What a config.json may leave out, by model type. Llama and Mistral compute what Phi-3 does, and
+# many a Phi-3 is published as one of them.
 HUGGINGFACE_DEFAULTS = {
     "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8,
                 "sliding_window": 4096},
 }
-# What would make another model of it if it had another value.
+# What would make it another model if it had another value.
 HUGGINGFACE_CONSTANTS = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "is_encoder_decoder": False,
     "per_layer_config": None, "transformers_weights": None,
+    "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,  # in Phi-4-mini's
 }
 ROPE_SETTINGS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor",
@@ -847,10 +844,10 @@ def arguments_from_huggingface(config):
     for name, value in HUGGINGFACE_CONSTANTS.items():
         require(config.get(name, value) == value,
                 f"`{name}` must be {value!r}. Found: {config.get(name)!r}")
-    quantization = config.get("quantization_config")
-    require(not quantization, f"the model is quantized (`quantization_config`: {quantization!r:.99}"
-            "), and not computed so here. Take the model that it was made from, or let "
-            "transformers write one: model.dequantize().save_pretrained(directory)")
+    for name in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
+        require(not config.get(name), f"the model is quantized (`{name}`: {config.get(name)!r:.99})"
+                ", and not computed so here. Take the model that it was made from, or let "
+                "transformers write one: model.dequantize().save_pretrained(directory)")
     dropout, longest = config.get("attention_dropout", 0.0), config["max_position_embeddings"]
     if config.get("resid_pdrop", dropout) != dropout:
         warnings.warn(f"`resid_pdrop` ({config['resid_pdrop']}) is not used: the only dropout, in "

@@ -47,6 +47,9 @@ HUGGINGFACE_CONFIG = {
     "is_encoder_decoder": Refused(True), "per_layer_config": Refused({"0": {"head_dim": 8}}),
     "transformers_weights": Refused("other.safetensors"),
     "quantization_config": Refused({"quant_method": "awq", "bits": 4}),
+    "compression_config": Refused({"format": "int-quantized"}),  # compressed-tensors, at first
+    "quantization": Refused({"group_size": 64, "bits": 4}),  # MLX
+    "lm_head_bias": Refused(True), "full_attn_mod": Refused(2), "interpolate_factor": Refused(4),
     "resid_pdrop": Warned(0.1),
     "embd_pdrop": Harmless(0.1, UNUSED), "initializer_range": Harmless(0.5, "of random weights"),
     "chunk_size_feed_forward": Harmless(8, UNUSED), "pretraining_tp": Harmless(2, UNUSED),

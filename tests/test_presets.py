@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -699,7 +700,7 @@ print(peak() - before - size, size)
 
 @pytest.fixture(scope="module")
 def large_presets(tmp_path_factory):
-    """The same 84 million parameters in both formats, bfloat16."""
+    """The same 84 million parameters in both formats, and as a Llama; bfloat16."""
     D, F, V = (LARGE[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     shapes = {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}
     shapes["model.norm.weight"] = (D,)
@@ -717,13 +718,21 @@ def large_presets(tmp_path_factory):
     safetensors.numpy.save_file(tensors, huggingface / "model.safetensors")
     (huggingface / "config.json").write_text(json.dumps(LARGE))
     phi3_ref.Phi3Backbone.from_preset(huggingface, dtype="bfloat16").save_to_preset(keras)
-    yield {"huggingface": huggingface, "keras": keras}
-    shutil.rmtree(huggingface)
-    shutil.rmtree(keras)
+    split = tmp_path_factory.mktemp("large")
+    for name in [name for name in tensors if "qkv_proj" in name or "gate_up_proj" in name]:
+        parts = "q_proj k_proj v_proj" if "qkv_proj" in name else "gate_proj up_proj"
+        whole, parts = tensors.pop(name), parts.split()
+        for part, array in zip(parts, np.split(whole, len(parts)), strict=True):
+            tensors[re.sub("qkv_proj|gate_up_proj", part, name)] = array
+    safetensors.numpy.save_file(tensors, split / "model.safetensors")
+    (split / "config.json").write_text(json.dumps(LARGE | {"model_type": "llama"}))
+    yield {"huggingface": huggingface, "keras": keras, "split": split}
+    for directory in (huggingface, keras, split):
+        shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("layout", ["huggingface", "keras"])
+@pytest.mark.parametrize("layout", ["huggingface", "keras", "split"])
 def test_loading_never_holds_two_copies(large_presets, layout, dtype):
     """The peak of loading 160 MB of bfloat16 is the model in its own dtype plus 150 MB at most."""
     result = subprocess.run(
