@@ -772,6 +772,49 @@ def huggingface_tensors(weights, config):
             yield huggingface_name(name), array
 
 
+def split_tensors(name, array, config):
+    """Yield (name, view) of the parts in which Llama's and Mistral's files hold a fused weight.
+
+    Other weights have none. Arguments: what `huggingface_tensors` yields, and its Phi3Config.
+    """
+    H, K = config.num_query_heads, config.num_key_value_heads
+    for fused, parts, shares in (("qkv_proj", ("q_proj", "k_proj", "v_proj"), (H, K, K)),
+                                 ("gate_up_proj", ("gate_proj", "up_proj"), (1, 1))):
+        if fused in name:
+            rows = len(array) // sum(shares)
+            for part, share in zip(parts, shares, strict=True):
+                yield name.replace(fused, part), array[: share * rows]
+                array = array[share * rows :]
+
+
+def name_in_causal_lm(name):
+    """Return the name that a tensor of a Hugging Face file has in that of a plain causal LM."""
+    name = name.removeprefix("base_model.model.")  # which PEFT puts before all
+    # The model without its output projection, saved alone, leaves out its own name.
+    bare = name.partition(".")[0] in ("embed_tokens", "layers", "norm")
+    return f"model.{name}" if bare else name
+
+
+# What a config.json may leave out, by model type. Llama and Mistral compute what Phi-3 does, and
+# many a Phi-3 is published as one of them.
+HUGGINGFACE_DEFAULTS = {
+    "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8,
+                "sliding_window": 4096},
+}
+# What would make it another model if it had another value.
+HUGGINGFACE_CONSTANTS = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "is_encoder_decoder": False,
+    "per_layer_config": None, "transformers_weights": None,
+    "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,  # in Phi-4-mini's
+}
+ROPE_SETTINGS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor",
+    "factor", "attention_factor", "original_max_position_embeddings",
+}
+
+
 def arguments_from_huggingface(config):
     """Return `Phi3Backbone`'s arguments for a Hugging Face config.json, in either spelling of RoPE.
 
@@ -782,17 +825,33 @@ def arguments_from_huggingface(config):
         KeyError: an entry is missing.
         ValueError: the model is not one that `Phi3Backbone` computes.
 
-    Source: transformers' `Phi3Config` and `_compute_longrope_parameters`.
+    Source: transformers' `Phi3Config`, `LlamaConfig`, `MistralConfig` and
+    `_compute_longrope_parameters`.
     """
+    phi3 = config["model_type"] == "phi3"
+    config = {**HUGGINGFACE_DEFAULTS[config["model_type"]], **config}
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = {"rope_theta": config.get("rope_theta", 10000),
             "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
     kind = rope.get("rope_type", rope.get("type")) or "default"
-    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE.
-    require(kind in ("default", "su", "yarn", "longrope"),
+    # "su" and "yarn" are what the first Phi-3 checkpoints called LongRoPE; Llama's yarn is another.
+    require(kind in ("default", "longrope") or (phi3 and kind in ("su", "yarn")),
             f"RoPE of type {kind!r} is not Phi-3's")
-    require(config.get("hidden_act", "silu") == "silu",
-            f"hidden_act must be 'silu'. Found: {config.get('hidden_act')!r}")
+    require(rope.keys() <= ROPE_SETTINGS,
+            f"RoPE's settings {sorted(rope.keys() - ROPE_SETTINGS)} are not Phi-3's")
+    require(phi3 or rope["partial_rotary_factor"] == 1, "`partial_rotary_factor` must be 1, or "
+            f"`model_type` 'phi3'. Found: {rope['partial_rotary_factor']!r}")
+    for name, value in HUGGINGFACE_CONSTANTS.items():
+        require(config.get(name, value) == value,
+                f"`{name}` must be {value!r}. Found: {config.get(name)!r}")
+    for name in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
+        require(not config.get(name), f"the model is quantized (`{name}`: {config.get(name)!r:.99})"
+                ", and not computed so here. Take the model that it was made from, or let "
+                "transformers write one: model.dequantize().save_pretrained(directory)")
+    dropout, longest = config.get("attention_dropout", 0.0), config["max_position_embeddings"]
+    if config.get("resid_pdrop", dropout) != dropout:
+        warnings.warn(f"`resid_pdrop` ({config['resid_pdrop']}) is not used: the only dropout, in "
+                      f"training, is `attention_dropout` ({dropout}).", stacklevel=4)
     arguments = {
         "vocabulary_size": config["vocab_size"],
         "num_layers": config["num_hidden_layers"],
@@ -800,16 +859,18 @@ def arguments_from_huggingface(config):
         "intermediate_dim": config["intermediate_size"],
         "num_query_heads": config["num_attention_heads"],
         "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-5),
-        "dropout": config.get("attention_dropout", 0.0),
-        "max_sequence_length": config.get("max_position_embeddings", 4096),
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "dropout": dropout,
+        "max_sequence_length": longest,
         "pretraining_sequence_length": config.get(
-            "original_max_position_embeddings", rope.get("original_max_position_embeddings", 4096)
+            "original_max_position_embeddings", rope.get("original_max_position_embeddings",
+                                                         4096 if phi3 else longest)
         ),
         "rope_max_wavelength": rope["rope_theta"],
         "head_dim": config.get("head_dim"),
         "partial_rotary_factor": rope["partial_rotary_factor"],
-        "sliding_window": config.get("sliding_window"),
+        # Llama's class does not look at it.
+        "sliding_window": None if config["model_type"] == "llama" else config.get("sliding_window"),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
     if kind != "default":
@@ -1166,6 +1227,11 @@ class Phi3Backbone:
         implied = {"head_dim": self.hidden_dim / self.num_query_heads, "partial_rotary_factor": 1,
                    "sliding_window": None, "tie_word_embeddings": False,
                    "rope_attention_factor": None}
+        if self.rope_scaling_type == "su" and self.rope_attention_factor:
+            stretch = self.max_sequence_length / self.pretraining_sequence_length
+            usual = su_magnitude(stretch, self.pretraining_sequence_length)
+            if math.isclose(self.rope_attention_factor, usual, rel_tol=1e-7):
+                del implied["rope_attention_factor"]
         names += [name for name, value in implied.items() if getattr(self, name) != value]
         config = {"name": self.name, "trainable": self.trainable, "dtype": dtype}
         for name in names:
@@ -1194,7 +1260,8 @@ class Phi3Backbone:
             Phi3Backbone.
 
         Raises:
-            FileNotFoundError: the preset, or a file that it needs, does not exist.
+            FileNotFoundError: the preset, or a file that it needs, does not exist. (Where it is the
+                preset, this is a ValueError, too, as in KerasHub.)
             MemoryError: there is less memory free than the weights need.
             OSError: a file cannot be read; the hub cannot be reached (ConnectionError), or asks for
                 a log-in or for consent (PermissionError).
@@ -1210,27 +1277,31 @@ class Phi3Backbone:
                              f"{str(error)[:500]}") from error
         if load_weights:
             with backbone.memory_for_weights():
-                backbone.weights = read_weights(preset, backbone.config, backbone.xp)
+                backbone.config, backbone.weights = read_weights(
+                    preset, backbone.config, backbone.xp)
         return backbone
 
-    def save_to_preset(self, directory):
+    def save_to_preset(self, directory, max_shard_size=10):
         """Write the configuration and weights to `directory` in Keras's format.
 
         Args:
             directory: str or path; made if need be.
+            max_shard_size: number or None; more GB (2^30 bytes) of weights than this go to several
+                files of at most so many. None is no limit.
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: Keras's format cannot express the model, or the tokenizer.
+            ValueError: Keras's format cannot express the model, or the tokenizer; a single weight
+                is larger than `max_shard_size`.
         """
         config = self.get_config()
         for name in ("head_dim", "partial_rotary_factor", "rope_attention_factor"):
             require(name not in config, f"Keras's format cannot express `{name}`.")
         config.pop("tie_word_embeddings", None)  # Keras's file holds both embeddings
-        if config.pop("sliding_window", None):
+        if (config.pop("sliding_window", None) or math.inf) < self.max_sequence_length:
             warnings.warn("Keras's format knows no sliding window: it is left out.", stacklevel=2)
         with staged(directory) as temporary:
-            write_weights(temporary / "model.weights.h5", self.weights, self.config)
+            write_weights(temporary, self.weights, self.config, max_shard_size)
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
@@ -1779,6 +1850,7 @@ class Phi3CausalLM:
         Its preprocessor is None where the preset has no tokenizer.
         """
         preset = Preset(preset)
+        preset.needs_head = True
         preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
         backbone = Phi3Backbone.from_preset(preset, load_weights, **kwargs)
         try:
@@ -1786,12 +1858,12 @@ class Phi3CausalLM:
         except ValueError as error:
             raise ValueError(f"preset {preset.name!r}: {error}") from error
 
-    def save_to_preset(self, directory):
+    def save_to_preset(self, directory, max_shard_size=10):
         """Write backbone and preprocessor to `directory`; see `Phi3Backbone.save_to_preset`."""
         with staged(directory) as temporary:
             if self.preprocessor is not None:  # first, as this may be refused
                 self.preprocessor.save_to_preset(temporary)
-            self.backbone.save_to_preset(temporary)
+            self.backbone.save_to_preset(temporary, max_shard_size)
 
     def compile(self, sampler="top_k"):
         """Choose how `generate` picks tokens.
@@ -2259,6 +2331,17 @@ SMALL_FILES = (
 )
 
 
+# In each format, the file that holds all weights, and the index of several.
+WEIGHT_FILES = {
+    "keras": ("model.weights.h5", "model.weights.json"),
+    "huggingface": ("model.safetensors", "model.safetensors.index.json"),
+}
+
+
+class PresetNotFoundError(FileNotFoundError, ValueError):
+    """There is no such preset: for Python a file that is not there, for KerasHub a wrong value."""
+
+
 class Preset:
     """The files of a preset: a local directory, or a hub's, which its client fetches and keeps.
 
@@ -2269,8 +2352,11 @@ class Preset:
         ConnectionError: the hub cannot be reached, or answers with an error; as all of its methods.
         FileNotFoundError: there is no such preset, or it has no config.json.
         PermissionError: the hub asks for a log-in, or for consent to the model's terms.
-        ValueError: the handle is malformed, or config.json is not that of a Phi-3.
+        ValueError: the handle is malformed, or config.json is not that of a Phi-3; or the preset is
+            an adapter to another.
     """
+
+    needs_head = False  # a causal LM does: it sets this to True
 
     def __init__(self, preset):
         if isinstance(preset, Preset):
@@ -2281,18 +2367,22 @@ class Preset:
         self.scheme, _, self.handle = location.rpartition("://")
         require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
         if not self.scheme and not os.path.isdir(self.handle):
-            raise FileNotFoundError(
+            raise PresetNotFoundError(
                 f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
                 ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
             )
         self.directory = pathlib.Path(self.handle)
         self.fetch(*SMALL_FILES)
         self.config = self.json("config.json")
+        self.format = "keras" if "registered_name" in (self.config or {}) else "huggingface"
+        require(self.format == "keras" or self.file("adapter_config.json") is None,
+                f"{self.name}/adapter_config.json: an adapter is not applied here. Merge it into "
+                "its model: PEFT's merge_and_unload(), then save_pretrained(directory).")
         if self.config is None:
-            raise FileNotFoundError(f"preset {self.name!r} has no config.json")
-        self.format = "huggingface" if "model_type" in self.config else "keras"
-        found = self.config.get("model_type", self.config.get("registered_name"))
-        require(found in ("phi3", "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone"),
+            raise PresetNotFoundError(f"preset {self.name!r} has no config.json")
+        found = self.config.get("registered_name", self.config.get("model_type"))
+        known = "keras_hub>Phi3Backbone", "keras_nlp>Phi3Backbone", *HUGGINGFACE_DEFAULTS
+        require(found in known,
                 f"{self.name}/config.json is not that of a Phi-3: it says {found!r}")
 
     def fetch(self, *names):
@@ -2370,6 +2460,10 @@ class Preset:
         parameters = inspect.signature(Phi3Backbone).parameters
         unknown = arguments.keys() - (parameters.keys() - {"backend", "fused", "seed", "weights"})
         require(not unknown, f"unknown arguments {sorted(unknown)}")
+        dtype = arguments.get("dtype")
+        policy = dtype.get("class_name") if isinstance(dtype, dict) else "DTypePolicy"
+        require(policy == "DTypePolicy", f"its `dtype` is a {policy}: the model is quantized, and "
+                "not computed so here. Take the model that it was made from.")
         lacking = [name for name, parameter in parameters.items()
                    if parameter.default is parameter.empty and name not in arguments]
         require(not lacking, f"it lacks {lacking}")
@@ -2382,10 +2476,7 @@ class Preset:
             FileNotFoundError: a file is missing.
             ValueError: an index is malformed, or names a file outside the preset.
         """
-        single, index = {
-            "keras": ("model.weights.h5", "model.weights.json"),
-            "huggingface": ("model.safetensors", "model.safetensors.index.json"),
-        }[self.format]
+        single, index = WEIGHT_FILES[self.format]
         self.fetch(single, index)
         path = self.file(single)
         if path is not None:  # before the index, as in KerasHub and transformers
@@ -2495,7 +2586,9 @@ def map_tensor(path, start, shape, dtype):
 
 
 def read_weights(preset, config, xp):
-    """Return a preset's weights as a tree on `xp`, read tensor by tensor.
+    """Return a preset's weights as a tree on `xp`, read tensor by tensor, and the config it fits.
+
+    This is `config`, save where that ties an output projection which the file holds as another.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -2507,6 +2600,12 @@ def read_weights(preset, config, xp):
     floats = ("float64", "float32", "float16", "bfloat16")
     require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
             "which holds two embeddings: `tie_word_embeddings` must be False.")
+    tied, (embedding, head) = config.tie_word_embeddings, map(
+        huggingface_name, ("token_embedding", "reverse_embedding"))
+
+    def is_superfluous(name):  # old checkpoints hold RoPE's frequencies, some a tied head
+        return name.endswith(".rotary_emb.inv_freq") or (tied and name == head)
+
     with contextlib.ExitStack() as stack:
         found, (paths, weight_map) = {}, preset.weight_files()
         for path in paths:
@@ -2514,29 +2613,49 @@ def read_weights(preset, config, xp):
                 tensors = open_file(path, stack)
             except Exception as error:  # h5py and safetensors each raise their own
                 raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
-            for name, tensor in tensors.items():
-                require(name not in found, f"{path}: {name} is in another file, too")
+            for stored_name, tensor in tensors.items():
+                name = stored_name if keras else name_in_causal_lm(stored_name)
+                require(name not in found,
+                        f"{path}: {name} is in another file or under another name, too")
                 found[name] = tensor
-                if weight_map is not None:  # Keras's lists groups; one may be spread over files
-                    files = weight_map.get("/" + name.rpartition("/")[0] if keras else name)
+                if weight_map is not None and not is_superfluous(name):
+                    # Keras's lists groups; one may be spread over files.
+                    group = "/" + name.rpartition("/")[0]
+                    files = weight_map.get(group if keras else stored_name)
                     require(path.name in (files if isinstance(files, list) else [files]),
                             f"{path} holds {name}, for which the index names {files!r}")
+        # Of tied embeddings one may be there, either; or both, and then they may be different.
+        if tied and embedding not in found and head in found:
+            found[embedding] = found.pop(head)
+        if tied and head in found:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
         # Everything is checked before memory is taken.
         where = ", ".join(map(str, paths[:3])) + ", …" * (len(paths) > 3)
         require(config.num_layers <= len(found),
                 f"{where}: {len(found)} tensors cannot be those of {config.num_layers} layers")
         zero = np.zeros((), config.weight_dtype)  # of any shape, it takes no memory
         shapes = config.build_weights(lambda name, shape: np.broadcast_to(zero, shape))
-        expected = dict(named_arrays(shapes, config))
+        expected = {}
+        for name, array in named_arrays(shapes, config):
+            parts = dict(split_tensors(name, array, config))
+            split = name not in found and parts.keys() & found.keys()
+            expected.update(parts if split else {name: array})
+        if head in expected and head not in found and not preset.needs_head:
+            del expected[head]
+            warnings.warn(f"{where}: there is no tensor {head}: logits would all be zero.",
+                          stacklevel=3)
         for name, array in expected.items():
             require(name in found, f"{where}: there is no tensor {name}")
             path, shape, dtype, _ = found[name]
+            require(dtype in floats,
+                    f"{path}: {name} must be floating-point, not quantized. Found: {dtype}")
             require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
-            require(dtype in floats, f"{path}: {name} must be floating-point. Found: {dtype}")
-        for name in found.keys() - expected.keys():
-            # Old checkpoints hold RoPE's frequencies, and some a copy of tied embeddings.
-            ignored = name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
-            require(ignored, f"{found[name].path}: unknown tensor {name!r}")
+        unused = {name for name in found.keys() - expected.keys() if not is_superfluous(name)}
+        for name in unused:  # heads for classes, answers (transformers'), rewards (TRL's) may be
+            require(name.split(".")[0] in ("score", "classifier", "qa_outputs", "v_head"),
+                    f"{found[name].path}: unknown tensor {name!r}")
+        if unused:
+            warnings.warn(f"{where}: no use is made of {sorted(unused)}.", stacklevel=3)
 
         def read(name, array=None):
             try:
@@ -2556,9 +2675,22 @@ def read_weights(preset, config, xp):
             weights = config.build_weights(lambda name, shape: xp.empty(shape, config.weight_dtype))
             for name, array in progress(keras_variables(weights, config), "loading"):
                 read(name, array)
-            return weights
-        arrays = {name: read(name) for name, _ in progress(expected.items(), "loading")}
-        return config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
+            return config, weights
+        arrays = {}
+        for name, array in progress(huggingface_tensors(shapes, config), "loading"):
+            if name in expected:
+                arrays[name] = read(name)
+            else:  # it is read part by part; or it is the head that is not there
+                arrays[name] = xp.zeros(array.shape, array.dtype)
+                for part, view in split_tensors(name, arrays[name], config):
+                    read(part, view)
+        if tied and head in arrays:
+            if bool(xp.array_equal(arrays[embedding], arrays[head])):
+                config = dataclasses.replace(config, tie_word_embeddings=True)
+            else:
+                warnings.warn(f"{preset.name}/config.json ties {head} to {embedding}, but they "
+                              "differ in the file: they are not tied.", stacklevel=3)
+        return config, config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
 
 
 def is_finite(array):
@@ -2572,18 +2704,34 @@ def is_finite(array):
     return True
 
 
-def write_weights(path, weights, config):
-    """Write weights to one HDF5 file as Keras lays it out."""
+def write_weights(directory, weights, config, max_shard_size):
+    """Write weights to HDF5 files as Keras lays them out: one, or several and their index."""
     import h5py
 
-    try:
-        with h5py.File(path, "w") as file:
-            for name, array in progress(keras_variables(weights, config), "saving"):
+    require(max_shard_size is None or (is_number(max_shard_size) and max_shard_size > 0),
+            f"`max_shard_size` must be None or a positive number. Received: {max_shard_size!r}")
+    limit = math.inf if max_shard_size is None else max_shard_size * 2**30
+    views, (single, index) = list(keras_variables(weights, config)), WEIGHT_FILES["keras"]
+    total = sum(array.nbytes for _, array in views)
+    number, room, weight_map = -1, 0, {}
+    for name, array in progress(views, "saving"):
+        require(array.nbytes <= limit, f"`max_shard_size` ({max_shard_size}) is less than the "
+                f"{array.nbytes:,} bytes of {name}.")
+        if array.nbytes > room:
+            number, room = number + 1, limit
+        room -= array.nbytes
+        path = directory / (single if total <= limit else f"model_{number:05}.weights.h5")
+        files = weight_map.setdefault("/" + name.rpartition("/")[0], [])
+        files += [path.name] * (path.name not in files)
+        try:
+            with h5py.File(path, "a") as file:
                 dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
                 if array.dtype == ml_dtypes.bfloat16:
                     dataset.attrs["dtype"] = "bfloat16"
-    except RuntimeError as error:  # what h5py raises where a file cannot be closed
-        raise OSError(f"{path} cannot be written: {error}") from error
+        except RuntimeError as error:  # what h5py raises where a file cannot be closed
+            raise OSError(f"{path} cannot be written: {error}") from error
+    if total > limit:
+        write_json(directory / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def progress(named_arrays, what):
@@ -2617,6 +2765,9 @@ def staged(directory):
                 target = directory / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
+                for single, index in WEIGHT_FILES.values():
+                    if path.name == index:  # in whose place an older single file would be read
+                        target.with_name(single).unlink(missing_ok=True)
         else:
             os.rename(temporary, directory)
     finally:

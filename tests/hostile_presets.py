@@ -971,7 +971,7 @@ def make_canary(directory):
 
 Outcome = namedtuple("Outcome", "kind detail")  # kind: one of KINDS
 KINDS = ("equal", "refused", "other weights", "other settings", "other tokenizer", "finding")
-DOCUMENTED = (ValueError, FileNotFoundError)
+DOCUMENTED = (ValueError, FileNotFoundError, phi3_ref.PresetNotFoundError)
 SECONDS, MEGABYTES = 2.0, 64  # of processor time, and beyond what a correct load takes
 
 
@@ -1141,6 +1141,8 @@ def misread(directory, settings):
                  "max_position_embeddings": "max_sequence_length",
                  "sliding_window": "sliding_window", "attention_dropout": "dropout",
                  "tie_word_embeddings": "tie_word_embeddings"}
+        if not settings["tie_word_embeddings"]:  # where the file holds two that differ, they count
+            del names["tie_word_embeddings"]
         stated = {names[name]: config[name] for name in names if name in config}
     else:
         stated = {name: value for name, value in config["config"].items() if name != "dtype"}

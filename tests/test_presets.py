@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -376,7 +377,8 @@ def test_what_keras_cannot_express_is_not_saved(extra, tmp_path):
 
 
 def test_a_sliding_window_is_dropped_with_a_warning(tmp_path):
-    """KerasHub's config has no place for it: the rest is saved."""
+    """KerasHub's config has no place for it: the rest is saved. One of all positions is none."""
+    phi3_ref.Phi3Backbone(**CONFIG, sliding_window=32).save_to_preset(tmp_path / "all")
     backbone = phi3_ref.Phi3Backbone(**CONFIG, sliding_window=5, seed=0)
     with pytest.warns(UserWarning, match="sliding window"):
         backbone.save_to_preset(tmp_path)
@@ -388,10 +390,10 @@ def test_a_sliding_window_is_dropped_with_a_warning(tmp_path):
 # Bad files are errors that name what is bad -------------------------------------------------------
 
 
-def refuse(directory, *names, error=ValueError):
+def refuse(directory, *names, error=ValueError, cls=phi3_ref.Phi3Backbone):
     """Assert that loading fails and that the message contains every name."""
     with pytest.raises(error) as caught:
-        phi3_ref.Phi3Backbone.from_preset(directory)
+        cls.from_preset(directory)
     for name in names:
         assert str(name) in str(caught.value), caught.value
 
@@ -423,7 +425,7 @@ def test_a_bad_keras_config_is_an_error_that_names_it(keras_preset, change, name
 @pytest.mark.parametrize(
     "change, name",
     [
-        (dict(model_type="llama"), "llama"),
+        (dict(model_type="gemma"), "gemma"),
         (dict(hidden_act="gelu"), "gelu"),
         (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "dynamic"),
         (dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "linear"),
@@ -510,7 +512,9 @@ def test_an_extra_keras_tensor_is_an_error_that_names_it(keras_preset):
 def test_a_bad_huggingface_tensor_is_an_error_that_names_it(huggingface_preset, case, name):
     """Missing, misshapen and of a dtype that is no weight's: the tensor and its file are named."""
     spoil_huggingface(huggingface_preset / "model.safetensors", case, name)
-    refuse(huggingface_preset, name, "model.safetensors")
+    refuse(huggingface_preset, name, "model.safetensors", cls=phi3_ref.Phi3CausalLM)
+    if (case, name) != ("missing", "lm_head.weight"):  # the backbone alone does without
+        refuse(huggingface_preset, name, "model.safetensors")
 
 
 def test_an_extra_huggingface_tensor_is_an_error_that_names_it(huggingface_preset):
@@ -696,7 +700,7 @@ print(peak() - before - size, size)
 
 @pytest.fixture(scope="module")
 def large_presets(tmp_path_factory):
-    """The same 84 million parameters in both formats, bfloat16."""
+    """The same 84 million parameters in both formats, and as a Llama; bfloat16."""
     D, F, V = (LARGE[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     shapes = {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}
     shapes["model.norm.weight"] = (D,)
@@ -714,13 +718,21 @@ def large_presets(tmp_path_factory):
     safetensors.numpy.save_file(tensors, huggingface / "model.safetensors")
     (huggingface / "config.json").write_text(json.dumps(LARGE))
     phi3_ref.Phi3Backbone.from_preset(huggingface, dtype="bfloat16").save_to_preset(keras)
-    yield {"huggingface": huggingface, "keras": keras}
-    shutil.rmtree(huggingface)
-    shutil.rmtree(keras)
+    split = tmp_path_factory.mktemp("large")
+    for name in [name for name in tensors if "qkv_proj" in name or "gate_up_proj" in name]:
+        parts = "q_proj k_proj v_proj" if "qkv_proj" in name else "gate_proj up_proj"
+        whole, parts = tensors.pop(name), parts.split()
+        for part, array in zip(parts, np.split(whole, len(parts)), strict=True):
+            tensors[re.sub("qkv_proj|gate_up_proj", part, name)] = array
+    safetensors.numpy.save_file(tensors, split / "model.safetensors")
+    (split / "config.json").write_text(json.dumps(LARGE | {"model_type": "llama"}))
+    yield {"huggingface": huggingface, "keras": keras, "split": split}
+    for directory in (huggingface, keras, split):
+        shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("layout", ["huggingface", "keras"])
+@pytest.mark.parametrize("layout", ["huggingface", "keras", "split"])
 def test_loading_never_holds_two_copies(large_presets, layout, dtype):
     """The peak of loading 160 MB of bfloat16 is the model in its own dtype plus 150 MB at most."""
     result = subprocess.run(
