@@ -1635,7 +1635,7 @@ def render(template, **values):
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     class Namespace(jinja2.utils.Namespace):  # an object whose attributes, but for Python's own,
-        def __init__(self, *args, **kwargs):  # a template can set
+        def __init__(self, /, *args, **kwargs):  # a template can set
             super().__init__()
             for name, value in dict(*args, **kwargs).items():
                 self[name] = value
