@@ -1315,9 +1315,8 @@ class Phi3Tokenizer:
         texts = [text] if isinstance(text, str) else text
         require(isinstance(texts, (list, tuple)) and all(isinstance(item, str) for item in texts),
                 f"`text` must be a string or a list of strings. Received: {text!r}")
-        for item in texts:  # half of a surrogate pair comes from bytes that were no UTF-8
-            half = re.search("[\ud800-\udfff]", item)
-            require(not half, f"`text` is not Unicode: surrogates not allowed. Received: {item!r}")
+        require(not any(re.search("[\ud800-\udfff]", item) for item in texts),  # of no UTF-8, say
+                f"`text` is not Unicode: surrogates not allowed. Received: {text!r}")
         return self.encode(text) if isinstance(text, str) else [self.encode(item) for item in text]
 
     __call__ = tokenize
@@ -1486,7 +1485,7 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         """Add the tokens that the settings have beside tokenizer.json's, and give them their flags.
 
         Returns:
-            {"bos_token": the start token, …}, those that have a name.
+            {"bos_token": the start token, …}, those of SPECIAL_TOKENS that there are.
         """
         from tokenizers import AddedToken
 
@@ -1506,18 +1505,19 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         tokens += [AddedToken(**flags) for flags in (*named.values(), *extra)
                    if flags["content"] not in known]
         self.tokenizer.add_tokens(tokens)
-        return {name: flags["content"] for name, flags in named.items()}
+        return {name: named[name]["content"] for name in SPECIAL_TOKENS if name in named}
 
     def read_stop_token_ids(self):
         """Return the ids that end an answer by the model's files; none, where they name none."""
-        found = {"tokenizer_config.json": [] if self.end_token_id is None else [self.end_token_id]}
-        stops = []
-        for name in ("generation_config.json", "config.json"):
-            ids = (self.preset.json(name) or {}).get("eos_token_id")
-            ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        own = self.end_token_id
+        found = {"generation_config.json": self.preset.json("generation_config.json") or {},
+                 "config.json": self.preset.config, "tokenizer_config.json": {"eos_token_id": own}}
+        for name, content in found.items():
+            ids = content.get("eos_token_id")
+            found[name] = ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
             require(all(map(is_int, ids)), f"{self.preset.name}/{name}: `eos_token_id` must be an "
                     f"integer, or a list of them. Received: {ids!r}")
-            found[name], stops = ids, stops or ids
+        stops = found["generation_config.json"] or found["config.json"]
         others = {name: ids for name, ids in found.items() if stops and set(ids) - set(stops)}
         if others:
             warnings.warn(f"preset {self.preset.name!r}: an answer ends at the tokens {stops}, as "
@@ -1565,10 +1565,8 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             messages = json.loads(json.dumps([
                 {name: value for name, value in message.items() if value is not None}
                 for message in messages]))
-            special = {name: self.special_tokens[name] for name in SPECIAL_TOKENS
-                       if name in self.special_tokens}
             return render(template, messages=messages, tools=None, documents=None,
-                          add_generation_prompt=add_generation_prompt, **special)
+                          add_generation_prompt=add_generation_prompt, **self.special_tokens)
 
     def encode(self, text):
         """Return the token ids of one string."""
@@ -2898,7 +2896,10 @@ def read_lines():
     """Yield the lines of standard input, asking for each on standard error."""
     while True:
         print(">>> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not text: {error}") from error
         if not line:
             return
         yield line.rstrip("\n")

@@ -2,6 +2,9 @@
 stand before and behind a text. Held to transformers, and in Keras's format to KerasHub.
 """
 
+import os
+import subprocess
+import sys
 import time
 
 import keras_hub
@@ -478,3 +481,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     with pytest.raises(ValueError, match=r"511 tokens, the backbone 100\..*preprocessor=None"):
         phi3_ref.Phi3CausalLM.from_preset(tmp_path)
     assert phi3_ref.Phi3CausalLM.from_preset(tmp_path, preprocessor=None).preprocessor is None
+
+
+@pytest.mark.parametrize("setting, message", [
+    (dict(PYTHONIOENCODING="utf-8:strict"),
+     "standard input is not text: 'utf-8' codec can't decode byte 0xff in position 5"),
+    (dict(LC_ALL="POSIX"), "`text` is not Unicode: surrogates not allowed"),  # where Python lets it through
+])
+def test_standard_input_that_is_no_text(setting, message):
+    """Bytes that are no UTF-8 end the chat with one line that says so."""
+    run = subprocess.run([sys.executable, phi3_ref.__file__], input=b"Sort \xff dog\n",
+                         capture_output=True, env=os.environ | setting)
+    assert run.returncode == 2 and run.stdout == b""
+    assert message in run.stderr.decode().splitlines()[-1]
