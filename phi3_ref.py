@@ -1737,8 +1737,9 @@ class Phi3CausalLMPreprocessor:
         """Return token ids, int32, and padding mask, bool: [B, length], or [length] for a str."""
         # A chat template may write the start token itself. transformers then adds none to a chat,
         # but a second one to the same text alone, which no model was trained with: not so here.
-        # (In a Keras preset the text "<s>" is no token, and KerasHub may add two.)
+        # (In a Keras preset the text "<s>" is no token; KerasHub adds two where it is set to.)
         once = isinstance(self.tokenizer, HuggingFaceTokenizer)
+        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
         rows = self.tokenizer([texts] if isinstance(texts, str) else texts)
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
         end = [self.tokenizer.end_token_id] if add_end_token else []

@@ -274,6 +274,14 @@ def test_malformed_lists_of_templates(content, tmp_path):
         phi3_ref.Phi3Tokenizer.from_preset(chat_directory(tmp_path, content))
 
 
+def test_a_template_that_is_no_text(tmp_path):
+    """So is a file that is no UTF-8."""
+    write_bytes(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is malformed: UnicodeDecodeError"):
+        phi3_ref.Phi3Tokenizer.from_preset(tmp_path)
+
+
 @pytest.mark.parametrize("messages", [
     [], "hello", ["hello"], None, [CHAT[0], None], [dict(role="user", content=object())],
     [dict(role="user", content=b"x")], {"role": "user", "content": "x"},
@@ -429,6 +437,11 @@ def test_arrays_of_strings(dtype):
     np.testing.assert_array_equal(ours(array)[0]["token_ids"], np.asarray(
         theirs(array)[0]["token_ids"]))
     assert KERAS(np.array("The fox")) == KERAS("The fox")
+    one = ours.generate_preprocess(np.array("The fox"))
+    assert one["token_ids"].tolist() == ours.generate_preprocess("The fox")["token_ids"].tolist()
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(511, 1, 8, 8, 2, 1, seed=0), ours)
+    causal_lm.compile(sampler="greedy")
+    assert causal_lm.generate(array) == causal_lm.generate(texts)
     for bad in (np.array([1, 2]), np.array([["a"]]), np.array(["a", None])):
         with pytest.raises(ValueError, match="`text`"):
             KERAS(bad)
@@ -486,7 +499,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
 @pytest.mark.parametrize("setting, message", [
     (dict(PYTHONIOENCODING="utf-8:strict"),
      "standard input is not text: 'utf-8' codec can't decode byte 0xff in position 5"),
-    (dict(LC_ALL="POSIX"), "`text` is not Unicode: surrogates not allowed"),  # where Python lets it through
+    # where Python lets them through
+    (dict(LC_ALL="POSIX"), "`text` is not Unicode: surrogates not allowed"),
 ])
 def test_standard_input_that_is_no_text(setting, message):
     """Bytes that are no UTF-8 end the chat with one line that says so."""
