@@ -91,7 +91,9 @@ def test_signatures_are_kerashubs(name):
     for method in ["__init__", "__call__", *methods]:
         pair = (function(theirs, "call" if method == "__call__" else method),
                 function(ours, method))
-        if None not in pair:
+        # A functional model's call is Keras's, and its class changes as the first one is built.
+        functional = method == "__call__" and name in ("Phi3Backbone", "Phi3CausalLM")
+        if None not in pair and not functional:
             expected = DIFFERENT.get(f"{name}.{method}", {})
             assert set(differences(*pair)) == set(expected), f"{name}.{method}"
             compared += 1
