@@ -43,6 +43,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import fnmatch
 import functools
 import glob
@@ -1314,6 +1315,9 @@ Backbone = Phi3Backbone  # whose `from_preset`, in KerasHub, picks the class tha
 
 START_TOKEN, END_TOKEN = "<s>", "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
+SPECIAL_TOKENS = (  # the names that Hugging Face's settings and chat templates give them
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER_SETTINGS = ("sequence_length", "add_bos", "add_eos")
 PREPROCESSOR_SETTINGS = ("sequence_length", "add_start_token", "add_end_token")
 
 
@@ -1327,16 +1331,24 @@ class Phi3Tokenizer:
 
     Args:
         proto: a SentencePiece model with the special tokens: its path, or its content as bytes.
+        sequence_length: int, the length that all ids are cut or padded to, or None.
+        add_bos: bool, put SentencePiece's own start token before every text.
+        add_eos: bool, put its end token, which is not "<|endoftext|>", behind every text.
 
     Raises:
-        ValueError: `proto` is no SentencePiece model, or lacks "<s>" or "<|endoftext|>".
+        ValueError: `proto` is no SentencePiece model, or lacks "<s>" or "<|endoftext|>"; another
+            argument's value is impossible.
 
     Source: KerasHub's `Phi3Tokenizer`.
     """
 
-    def __init__(self, proto):
+    def __init__(self, proto, sequence_length=None, add_bos=False, add_eos=False):
         import sentencepiece
 
+        require_int("sequence_length", sequence_length, optional=True)
+        require_bool("add_bos", add_bos)
+        require_bool("add_eos", add_eos)
+        self.sequence_length, self.add_bos, self.add_eos = sequence_length, add_bos, add_eos
         name = "`proto`" if isinstance(proto, bytes) else str(proto)
         self.proto = proto if isinstance(proto, bytes) else read_small(pathlib.Path(proto))
         self.processor = sentencepiece.SentencePieceProcessor()
@@ -1351,22 +1363,31 @@ class Phi3Tokenizer:
             require(token in self.ids, f"{name} lacks the special token {token!r}")
         self.start_token_id, self.end_token_id = self.ids[START_TOKEN], self.ids[END_TOKEN]
         self.pad_token_id, self.unknown_token_id = 0, self.processor.unk_id()
+        self.stop_token_ids = self.phi3_stop_token_ids()
+
+    def phi3_stop_token_ids(self):
+        """Return the ids that end an answer: the end token, and Phi-3's where there are any."""
+        ids = (self.end_token_id, *map(self.ids.get, (END_TOKEN, "<|end|>")))
+        return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
     def encode(self, text):
         """Return the token ids of one string."""
-        return self.processor.encode(text)
+        ids = self.processor.encode(text, add_bos=self.add_bos, add_eos=self.add_eos)
+        length = self.sequence_length or len(ids)
+        return ids[:length] + [self.pad_token_id] * (length - len(ids))
 
     def decode(self, token_ids):
         """Return the text of token ids, all of them in the vocabulary."""
         return self.processor.decode(token_ids)
 
     def tokenize(self, text):
-        """Return the token ids of a str, or a list of them for a list of str; no start token."""
+        """Return the token ids of a str, or a list of them for a list or array of str."""
+        text = text.tolist() if isinstance(text, np.ndarray) else text
         texts = [text] if isinstance(text, str) else text
         require(isinstance(texts, (list, tuple)) and all(isinstance(item, str) for item in texts),
                 f"`text` must be a string or a list of strings. Received: {text!r}")
-        for item in texts:
-            item.encode()  # half of a surrogate pair is no text: a UnicodeEncodeError says so
+        require(not any(re.search("[\ud800-\udfff]", item) for item in texts),  # of no UTF-8, say
+                f"`text` is not Unicode: surrogates not allowed. Received: {text!r}")
         return self.encode(text) if isinstance(text, str) else [self.encode(item) for item in text]
 
     __call__ = tokenize
@@ -1374,7 +1395,7 @@ class Phi3Tokenizer:
     def detokenize(self, token_ids):
         """Return the text of a sequence of token ids, or a list of texts for a batch of them.
 
-        Bytes that are not UTF-8 become "�"; ids outside the vocabulary are left out.
+        A byte that belongs to no character becomes "�"; ids outside the vocabulary are left out.
         """
         if len(token_ids) and np.ndim(token_ids[0]):
             return [self.detokenize(row) for row in token_ids]
@@ -1387,12 +1408,9 @@ class Phi3Tokenizer:
         """
         # A token's text depends on what is before it: at the start, its space is left out. Of that,
         # one token with a text of its own is enough: decode behind it, and leave out its text.
-        # (`tokenizers.decoders.DecodeStream` fails where a byte spoils the bytes before it.)
         waiting, shown = [], 0
         for token_id in (i for i in map(int, token_ids) if i in self.pieces):
             waiting.append(token_id)
-            if re.fullmatch("<0x..>", self.pieces[token_id], re.DOTALL):
-                continue  # one bad byte spoils its whole run: wait for what ends it
             text = self.decode(waiting)
             certain = len(text.rstrip("�"))  # "�" may be the beginning of a character
             if certain > shown:
@@ -1401,7 +1419,8 @@ class Phi3Tokenizer:
             context = self.decode(waiting[-1:])
             if context and certain == len(text):
                 waiting, shown = waiting[-1:], len(context)
-        yield self.decode(waiting)[shown:]
+        if rest := self.decode(waiting)[shown:]:
+            yield rest
 
     @property
     def special_token_ids(self):
@@ -1467,6 +1486,8 @@ class Phi3Tokenizer:
     def keras_object(self):
         """Return the dict that describes the tokenizer in Keras's JSON files."""
         config = {"dtype": "int32", "config_file": "tokenizer.json", "proto": None}
+        settings = {name: getattr(self, name, None) for name in TOKENIZER_SETTINGS}
+        config |= {name: value for name, value in settings.items() if value}
         return keras_object("models.phi3.phi3_tokenizer", "Phi3Tokenizer", config)
 
 
@@ -1498,9 +1519,10 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
         with malformed(f"{preset.name}/tokenizer_config.json or special_tokens_map.json"):
-            ids = self.add_tokens(config)
+            self.special_tokens = self.add_tokens(config)
             self.tokenizer.encode_special_tokens = config.get("split_special_tokens", False)
-        self.end_token_id, self.unknown_token_id = ids.get("eos_token"), ids.get("unk_token")
+        ids = {name: self.tokenizer.token_to_id(t) for name, t in self.special_tokens.items()}
+        self.unknown_token_id = ids.get("unk_token")
         self.pad_token_id = ids.get("pad_token") or 0  # under a mask of zeros, any id will do
         # transformers mends the spaces around punctuation, if asked to, but never those of a BPE.
         require(not config.get("clean_up_tokenization_spaces")
@@ -1509,19 +1531,32 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         self.ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.pieces = {token_id: piece for piece, token_id in self.ids.items()}
         require(len(self.pieces) == len(self.ids), f"{self.path} gives two tokens one id")
-        # Whether texts get a start token, and which, is what the post-processor does to one.
+        # Whether texts get a start and an end token, and which, is what the post-processor does to
+        # one. Beside a tokenizer.json, transformers takes no heed of add_bos_token, add_eos_token.
         with malformed(self.path):
             encoding = self.tokenizer.encode("a", add_special_tokens=True)
-        added = list(itertools.takewhile(bool, encoding.special_tokens_mask))
-        require(len(added) < 2, f"{self.path} puts more than one token before a text")
-        self.adds_start_token = bool(added)
-        self.start_token_id = encoding.ids[0] if added else ids.get("bos_token")
+        added = encoding.special_tokens_mask
+        before = sum(itertools.takewhile(bool, added))
+        behind = sum(itertools.takewhile(bool, reversed(added[before:])))
+        require(before < 2, f"{self.path} puts more than one token before a text")
+        require(behind < 2, f"{self.path} puts more than one token behind a text")
+        self.adds_start_token, self.adds_end_token = bool(before), bool(behind)
+        self.start_token_id = encoding.ids[0] if before else ids.get("bos_token")
+        self.end_token_id = encoding.ids[-1] if behind else ids.get("eos_token")
+        self.stop_token_ids = self.read_stop_token_ids() or self.phi3_stop_token_ids()
+        self.chat_template = self.read_chat_template(config)
+        # {token id: byte}, in the order of the bytes, if the tokenizer has such tokens.
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        self.bytes = {self.ids[name]: byte for byte, name in enumerate(names) if name in self.ids}
+        with malformed(self.path):
+            if len(self.bytes) < 256 or self.tokenizer.decode([self.ids["<0x41>"]]) != "A":
+                self.bytes = {}
 
     def add_tokens(self, config):
         """Add the tokens that the settings have beside tokenizer.json's, and give them their flags.
 
         Returns:
-            {"bos_token": the id of the start token, …}, without those that have no name.
+            {"bos_token": the start token, …}, those of SPECIAL_TOKENS that there are.
         """
         from tokenizers import AddedToken
 
@@ -1532,9 +1567,8 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         decoder = {int(i): flags for i, flags in config.get("added_tokens_decoder", {}).items()}
         tokens = [AddedToken(**decoder[token_id]) for token_id in sorted(decoder)]
         known = {*map(str, tokens), *map(str, self.tokenizer.get_added_tokens_decoder().values())}
-        names = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
-        names += [name for name, token in config.items()
-                  if name.endswith("_token") and isinstance(token, (str, dict))]
+        names = [*SPECIAL_TOKENS, *(name for name, token in config.items()
+                                    if name.endswith("_token") and isinstance(token, (str, dict)))]
         named = {name: flags_of(config[name]) | {"special": True} for name in names
                  if config.get(name) is not None}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -1542,7 +1576,68 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         tokens += [AddedToken(**flags) for flags in (*named.values(), *extra)
                    if flags["content"] not in known]
         self.tokenizer.add_tokens(tokens)
-        return {name: self.tokenizer.token_to_id(flags["content"]) for name, flags in named.items()}
+        return {name: named[name]["content"] for name in SPECIAL_TOKENS if name in named}
+
+    def read_stop_token_ids(self):
+        """Return the ids that end an answer by the model's files; none, where they name none."""
+        own = self.end_token_id
+        found = {"generation_config.json": self.preset.json("generation_config.json") or {},
+                 "config.json": self.preset.config, "tokenizer_config.json": {"eos_token_id": own}}
+        for name, content in found.items():
+            ids = content.get("eos_token_id")
+            found[name] = ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+            require(all(map(is_int, ids)), f"{self.preset.name}/{name}: `eos_token_id` must be an "
+                    f"integer, or a list of them. Received: {ids!r}")
+        stops = found["generation_config.json"] or found["config.json"]
+        others = {name: ids for name, ids in found.items() if stops and set(ids) - set(stops)}
+        if others:
+            warnings.warn(f"preset {self.preset.name!r}: an answer ends at the tokens {stops}, as "
+                          f"in transformers, and not also at these: {others}", stacklevel=2)
+        return stops
+
+    def read_chat_template(self, config):
+        """Return the model's chat template, a dict of several by their names, or None."""
+        template, path = config.get("chat_template"), self.preset.file("chat_template.jinja")
+        with malformed(f"{self.preset.name}/tokenizer_config.json or chat_template.jinja"):
+            if isinstance(template, list):
+                template = {item["name"]: item["template"] for item in template}
+            if path is None:
+                return template
+            text = read_small(path).decode()
+        if template not in (None, text):
+            warnings.warn(f"{path} is read, as in transformers, and not the other chat template in "
+                          "tokenizer_config.json.", stacklevel=2)
+        return text
+
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        """Return a conversation as the model's chat template writes it.
+
+        Without one, and for `add_generation_prompt`, see `Phi3Tokenizer.apply_chat_template`.
+
+        Args:
+            messages: list of {"role": str, "content": str}; which roles, and what other keys and
+                JSON values there are, is the template's business.
+
+        Raises:
+            ValueError: the template is malformed, or a message is not of the form that it takes.
+        """
+        template = self.chat_template
+        if template is None:
+            return super().apply_chat_template(messages, add_generation_prompt)
+        if isinstance(template, dict):
+            require("default" in template, f"{self.preset.name} has no default chat template: its "
+                    f"names are {sorted(template)}")
+            template = template["default"]
+        require(isinstance(messages, (list, tuple)) and len(messages) > 0
+                and all(isinstance(message, dict) for message in messages),
+                f"a conversation is a list of at least one message, a dict. Received: {messages!r}")
+        with malformed(f"the chat template of {self.preset.name}, or the conversation,"):
+            # As plain data: a template may not call the methods of any object. None is no value.
+            messages = json.loads(json.dumps([
+                {name: value for name, value in message.items() if value is not None}
+                for message in messages]))
+            return render(template, messages=messages, tools=None, documents=None,
+                          add_generation_prompt=add_generation_prompt, **self.special_tokens)
 
     def encode(self, text):
         """Return the token ids of one string."""
@@ -1550,9 +1645,20 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids):
-        """Return the text of token ids, all of them in the vocabulary."""
+        """Return the text of token ids, all of them in the vocabulary.
+
+        A byte that belongs to no character becomes "�", as with SentencePiece. (The library alone,
+        and so transformers, spoils the whole run of bytes that it stands in: no character of a run
+        would be certain before its end.)
+        """
+        ids = []
+        for are_bytes, run in itertools.groupby(token_ids, self.bytes.__contains__):
+            if are_bytes:  # spell "�" out
+                text = bytes(map(self.bytes.get, run)).decode(errors="surrogateescape")
+                run = map([*self.bytes].__getitem__, re.sub("[\udc80-\udcff]", "�", text).encode())
+            ids += run
         with malformed(self.path):
-            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     @property
     def proto(self):
@@ -1576,6 +1682,52 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             return Phi3Tokenizer(model.SerializeToString(deterministic=True)).proto
 
 
+def render(template, **values):
+    """Return what a chat template makes of `values`, in the sandbox where transformers runs it.
+
+    Source: transformers' `_cached_compile_jinja_template`.
+    """
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}  # what is in it, training learns; here it is like all the rest
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):  # an object whose attributes, but for Python's own,
+        def __init__(self, /, *args, **kwargs):  # a template can set
+            super().__init__()
+            for name, value in dict(*args, **kwargs).items():
+                self[name] = value
+
+        def __setitem__(self, name, value):
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace takes no {name!r}")
+            super().__setitem__(name, value)
+
+    class Dict:  # not the class `dict`, with all that can be reached from it
+        __call__, fromkeys = staticmethod(dict), staticmethod(dict.fromkeys)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)  # jinja2's own escapes HTML
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals |= dict(
+        dict=Dict(), namespace=Namespace, raise_exception=raise_exception,
+        strftime_now=lambda format: datetime.datetime.now().strftime(format))
+    return sandbox.from_string(template).render(values)
+
+
 @contextlib.contextmanager
 def malformed(path):
     """Turn what a library raises over the content of a file into a ValueError that names it."""
@@ -1587,14 +1739,31 @@ def malformed(path):
         raise ValueError(f"{path} is malformed: {error!r:.500}") from error
 
 
+def keras_config(name, content):
+    """Return `config` of an object that Keras's JSON describes; {} where there is no object."""
+    config = {} if content is None else isinstance(content, dict) and content.get("config", {})
+    require(isinstance(config, dict), f"{name} has no object `config`")
+    return config
+
+
 def load_tokenizer(preset):
     """Return a Preset's tokenizer or None, and a dict of what it says of its preprocessor."""
     if preset.format == "keras":
         proto = preset.file("assets/tokenizer/vocabulary.spm")
-        config = (preset.json("preprocessor.json") or {}).get("config", {})
-        require(isinstance(config, dict), f"{preset.name}/preprocessor.json has no object `config`")
+        file = f"{preset.name}/preprocessor.json"
+        config = keras_config(file, preset.json("preprocessor.json"))
+        own = keras_config(f"{preset.name}/tokenizer.json", preset.json("tokenizer.json"))
+        copy = keras_config(f"{file}'s `tokenizer`", config.get("tokenizer") or {"config": own})
+        own, copy = ({name: settings[name] for name in TOKENIZER_SETTINGS if settings.get(name)}
+                     for settings in (own, copy))
+        if own != copy:
+            warnings.warn(f"{file} has the tokenizer with {copy}, as KerasHub then does, and "
+                          f"tokenizer.json with {own}.", stacklevel=2)
         config = {name: config[name] for name in PREPROCESSOR_SETTINGS if name in config}
-        return (None if proto is None else Phi3Tokenizer(proto)), config
+        try:
+            return (None if proto is None else Phi3Tokenizer(proto, **copy)), config
+        except ValueError as error:
+            raise ValueError(f"{preset.name}'s tokenizer: {error}") from error
     if preset.file("tokenizer.json") is None:
         # How a tokenizer.model's added tokens are cut out of a text, it does not say.
         require(preset.file("tokenizer.model") is None,
@@ -1603,7 +1772,8 @@ def load_tokenizer(preset):
                 "AutoTokenizer.from_pretrained(directory, legacy=True).save_pretrained(directory)")
         return None, {}
     tokenizer = HuggingFaceTokenizer(preset)
-    return tokenizer, {"add_start_token": tokenizer.adds_start_token}
+    return tokenizer, {"add_start_token": tokenizer.adds_start_token,
+                       "add_end_token": tokenizer.adds_end_token}
 
 
 class Phi3CausalLMPreprocessor:
@@ -1624,7 +1794,7 @@ class Phi3CausalLMPreprocessor:
     even where `add_start_token` is False.
     """
 
-    def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=False):
+    def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=True):
         require_int("sequence_length", sequence_length)
         require_bool("add_start_token", add_start_token)
         require_bool("add_end_token", add_end_token)
@@ -1636,13 +1806,19 @@ class Phi3CausalLMPreprocessor:
 
     def pack(self, texts, length, add_end_token):
         """Return token ids, int32, and padding mask, bool: [B, length], or [length] for a str."""
+        # A chat template may write the start token itself. transformers then adds none to a chat,
+        # but a second one to the same text alone, which no model was trained with: not so here.
+        # (In a Keras preset the text "<s>" is no token; KerasHub adds two where it is set to.)
+        once = isinstance(self.tokenizer, HuggingFaceTokenizer)
+        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
         rows = self.tokenizer([texts] if isinstance(texts, str) else texts)
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
         end = [self.tokenizer.end_token_id] if add_end_token else []
         token_ids = np.full((len(rows), length), self.tokenizer.pad_token_id, "int32")
         padding_mask = np.zeros(token_ids.shape, bool)
         for row, text_ids in enumerate(rows):
-            packed = start + text_ids[: length - len(start) - len(end)] + end
+            head = [] if once and text_ids[:1] == start else start
+            packed = head + text_ids[: length - len(head) - len(end)] + end
             token_ids[row, : len(packed)] = packed
             padding_mask[row, : len(packed)] = True
         row = 0 if isinstance(texts, str) else slice(None)
@@ -1847,16 +2023,22 @@ class Phi3CausalLM:
     def from_preset(cls, preset, load_weights=True, **kwargs):
         """Build a causal LM from a preset; arguments and errors of `Phi3Backbone.from_preset`.
 
-        Its preprocessor is None where the preset has no tokenizer.
+        `preprocessor`, a further argument, stands in for the preset's, whose files are then not
+        read; None: token ids in, token ids out. It is None where the preset has no tokenizer.
         """
         preset = Preset(preset)
         preset.needs_head = True
-        preprocessor = Phi3CausalLMPreprocessor.from_preset(preset)
+        advice = "With preprocessor=None, from_preset reads the model without its tokenizer."
+        try:
+            preprocessor = (kwargs.pop("preprocessor") if "preprocessor" in kwargs
+                            else Phi3CausalLMPreprocessor.from_preset(preset))
+        except ValueError as error:
+            raise ValueError(f"{error} {advice}") from error
         backbone = Phi3Backbone.from_preset(preset, load_weights, **kwargs)
         try:
             return cls(backbone, preprocessor)
         except ValueError as error:
-            raise ValueError(f"preset {preset.name!r}: {error}") from error
+            raise ValueError(f"preset {preset.name!r}: {error} {advice}") from error
 
     def save_to_preset(self, directory, max_shard_size=10):
         """Write backbone and preprocessor to `directory`; see `Phi3Backbone.save_to_preset`."""
@@ -1898,8 +2080,9 @@ class Phi3CausalLM:
                 with the prompts on the left and zeros in the mask where there is room.
             max_length: int, tokens of prompt and answer together; None is the preprocessor's
                 `sequence_length`. Not for a dict, whose length it is.
-            stop_token_ids: "auto" (the tokenizer's end token, <|endoftext|> and <|end|>), None, or
-                ints.
+            stop_token_ids: "auto" (those of Hugging Face's generation_config.json or config.json;
+                where these name none, and in Keras's format, the tokenizer's end token,
+                <|endoftext|> and <|end|>), None, or any integers: a list, a set, an array, …
             strip_prompt: bool; True returns the new text only.
             tap: None, or a function as for `Phi3Backbone.__call__`, called with the same names in
                 every forward pass: the first over the prompt, arrays [B, S, …], then one over each
@@ -1988,17 +2171,15 @@ class Phi3CausalLM:
             require(self.preprocessor is not None,
                     '`stop_token_ids="auto"` needs a preprocessor, and this model has none: '
                     "pass None or the token ids.")
-            tokenizer = self.preprocessor.tokenizer
-            ids = [tokenizer.end_token_id, *map(tokenizer.ids.get, (END_TOKEN, "<|end|>"))]
-            return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
+            return self.preprocessor.tokenizer.stop_token_ids
         if stop_token_ids is None:
             return None
         vocabulary = range(self.backbone.vocabulary_size)
-        require(isinstance(stop_token_ids, (list, tuple))
-                and all(is_int(token_id) and token_id in vocabulary for token_id in stop_token_ids),
-                f'`stop_token_ids` must be "auto", None or a list of ints in {vocabulary}. '
-                f"Received: {stop_token_ids!r}")
-        return list(stop_token_ids)
+        ids = list(stop_token_ids) if np.iterable(stop_token_ids) else [None]
+        require(all(is_int(token_id) and token_id in vocabulary for token_id in ids),
+                f'`stop_token_ids` must be "auto", None or integers in {vocabulary}, as a list, '
+                f"say. Received: {stop_token_ids!r}")
+        return ids
 
     def next_logits(self, token_ids, index, cache=None, tap=no_tap):
         """Return the logits [B, V] for position `index`, and the cache of all positions before it.
@@ -2867,7 +3048,10 @@ def read_lines():
     """Yield the lines of standard input, asking for each on standard error."""
     while True:
         print(">>> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not text: {error}") from error
         if not line:
             return
         yield line.rstrip("\n")

@@ -215,8 +215,10 @@ def huggingface_preset(dtype, kind, sharded=False):
         intermediate_size=F, vocab_size=V, num_hidden_layers=LAYERS, num_attention_heads=H,
         num_key_value_heads=K, rms_norm_eps=1e-5, max_position_embeddings=64,
         original_max_position_embeddings=16, tie_word_embeddings=False, attention_dropout=0.0,
-        sliding_window=None, torch_dtype=dtype, bos_token_id=1, eos_token_id=ids[SPECIAL[0]])
+        sliding_window=None, torch_dtype=dtype, bos_token_id=1)
     fast = tokenizer_json(kind, ids)
+    config |= dict(eos_token_id=next(
+        token["id"] for token in fast["added_tokens"] if token["content"] == SPECIAL[0]))
     settings = dict(bos_token="<s>", eos_token=SPECIAL[0], pad_token=SPECIAL[0], unk_token="<unk>",
                     model_max_length=64, clean_up_tokenization_spaces=False)
     files = {"tokenizer.json": json_bytes(fast)}

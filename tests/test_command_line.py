@@ -326,6 +326,6 @@ def test_importing_the_module_imports_no_heavy_package():
     assert "phi3_ref" in imported
     heavy = (
         "cupy h5py sentencepiece kagglehub huggingface_hub tqdm safetensors requests matplotlib "
-        "torch tensorflow keras keras_hub transformers tokenizers scipy kernels_cuda"
+        "torch tensorflow keras keras_hub transformers tokenizers jinja2 scipy kernels_cuda"
     )
     assert not imported & set(heavy.split())

@@ -226,9 +226,8 @@ only_hugging_face = pytest.mark.parametrize("load", ["hf"], indirect=True)
 def test_a_preset_is_fetched_once(load, hub):
     """Only the files that are needed, each once and whole; a second load asks for none."""
     assert load() == ANSWER
-    names = ["assets/tokenizer/vocabulary.spm", "config.json", WEIGHTS, "preprocessor.json"]
-    if load.hub == "hf":
-        names.append("tokenizer.json")  # which is read where it is Hugging Face's
+    names = ["assets/tokenizer/vocabulary.spm", "config.json", WEIGHTS, "preprocessor.json",
+             "tokenizer.json"]
     assert sorted(hub.sent) == sorted((name, 0) for name in names)
     assert sorted(name for _, name in hub.asked) == sorted(names)
     assert load() == ANSWER

@@ -288,7 +288,7 @@ def test_keras_loads_our_causal_lm(tmp_path):
     ours.save_to_preset(tmp_path)
     theirs = keras_hub.models.Phi3CausalLM.from_preset(str(tmp_path))
     assert theirs.preprocessor.sequence_length == 30
-    assert theirs.preprocessor.add_end_token is False
+    assert theirs.preprocessor.add_end_token is True
     theirs.compile(sampler="greedy", run_eagerly=True)
     prompts = ["What is 1 + 2?", "Sort banana"]
     expected = theirs.generate(prompts)

@@ -346,11 +346,17 @@ def test_keras_text(keras, token_ids):
 @example(text="")
 @example(text=" <|user|>\n \nHi  <|end|>\n<|assistant|>")
 @example(text="x<tag>y <tag> \nz  <left>")
+@example(text="<s> <|endoftext|>x")
+@example(text="<|endoftext|>x")
 def test_huggingface_ids(huggingface, text):
     """A Hugging Face directory tokenizes as transformers does, with and without start token."""
     expected = huggingface.theirs(text, add_special_tokens=False)["input_ids"]
     assert huggingface.ours.tokenizer(text) == expected
     with_start = huggingface.theirs(text)["input_ids"]
+    if huggingface.ours.add_start_token and expected[:1] == with_start[:1]:
+        # Theirs has two start tokens now, as no chat that they tokenize has; ours has one.
+        assert with_start[0] == with_start[1], seen_with("transformers", "5.24.0")
+        with_start = with_start[1:]
     prompt = huggingface.ours.generate_preprocess(text, len(with_start) + 1)
     assert prompt["token_ids"][prompt["padding_mask"]].tolist() == with_start
 
@@ -363,8 +369,39 @@ def test_huggingface_ids(huggingface, text):
 def test_huggingface_text(huggingface, token_ids):
     """Any ids, unknown ones among them, become the text transformers decodes them to."""
     text = huggingface.ours.tokenizer.detokenize(token_ids)
-    assert text == huggingface.theirs.decode(token_ids)
+    assert text == huggingface.theirs.decode(mended(huggingface.theirs, token_ids))
     check_stream(huggingface.ours.tokenizer, token_ids)
+
+
+def mended(tokenizer, token_ids):
+    """The ids, "�" spelt out for each byte of no character: so a bad byte spoils no good one."""
+    if tokenizer.decode([3 + 0x41]) != "A":  # no bytes
+        return token_ids
+    left, result = [i for i in token_ids if i < len(tokenizer)], []
+    while left:
+        run = bytes(i - 3 for i in itertools.takewhile(range(3, 259).__contains__, left[:4]))
+        for length in range(1, len(run) + 1):
+            try:
+                run[:length].decode()
+                break
+            except UnicodeDecodeError:
+                pass
+        else:
+            length = 0
+        result += left[:length] or ([3 + byte for byte in "�".encode()] if run else left[:1])
+        del left[: length or 1]
+    return result
+
+
+def test_a_bad_byte_spoils_no_character(tmp_path):
+    """As in KerasHub. In transformers it spoils its run of bytes: none is certain till its end."""
+    theirs = transformers.AutoTokenizer.from_pretrained(write_microsoft(tmp_path))
+    token_ids = [3 + byte for byte in "🤖A".encode() + b"\xff\xe6\xb1"]
+    expected = keras_hub.models.Phi3Tokenizer(KERAS.proto).detokenize(token_ids)
+    ours = phi3_ref.Phi3Tokenizer.from_preset(tmp_path)
+    assert ours.detokenize(token_ids) == KERAS.detokenize(token_ids) == expected == "🤖A���"
+    assert theirs.decode(token_ids) == "�" * 8, seen_with("tokenizers", "0.23.3")
+    assert theirs.decode(token_ids[5:]) == ours.detokenize(token_ids[5:]) == "���"
 
 
 @settings(max_examples=examples(40))
@@ -418,13 +455,13 @@ def test_tokens_that_are_not_there(tmp_path):
     assert isinstance(tokenizer, phi3_ref.Phi3Tokenizer)
     assert tokenizer.start_token_id is tokenizer.end_token_id is None
     assert tokenizer.special_token_ids == [] and tokenizer.pad_token_id == 0
-    preprocessor = phi3_ref.Phi3CausalLMPreprocessor(tokenizer, 8)
+    preprocessor = phi3_ref.Phi3CausalLMPreprocessor(tokenizer, 8, add_end_token=False)
     assert preprocessor.add_start_token is False
     prompt = preprocessor.generate_preprocess("The fox")
     assert prompt["token_ids"][prompt["padding_mask"]].tolist() == tokenizer("The fox")
     assert preprocessor.generate_postprocess(prompt) == "The fox"
     with pytest.raises(ValueError, match="has no end token"):
-        phi3_ref.Phi3CausalLMPreprocessor(tokenizer, add_end_token=True)
+        phi3_ref.Phi3CausalLMPreprocessor(tokenizer)
 
 
 @pytest.mark.parametrize("kind, expected", [
@@ -503,12 +540,9 @@ def check_stream(tokenizer, token_ids):
     shown, whole = pieces_per_token(tokenizer, token_ids)
     assert whole == tokenizer.detokenize(token_ids)
     for count, seen in enumerate(shown):
-        token_id, text = token_ids[count], tokenizer.detokenize(token_ids[: count + 1])
+        text = tokenizer.detokenize(token_ids[: count + 1])
         certain = text.rstrip("�")  # which can be the beginning of a character
-        assert whole.startswith(seen) and certain.startswith(seen)
-        if token_id in tokenizer.pieces and not (
-                re.fullmatch("<0x..>", tokenizer.id_to_token(token_id))):
-            assert seen == certain
+        assert whole.startswith(seen) and seen == certain
 
 
 def test_a_stream_never_shows_half_a_character(huggingface):
