@@ -1242,6 +1242,24 @@ class Phi3Backbone(Backbone):
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
+    def export_to_transformers(self, directory, max_shard_size=10):
+        """Write the model to `directory` in Hugging Face's format, which transformers loads.
+
+        The output projection is among the weights, as `AutoModelForCausalLM` needs it.
+
+        Args:
+            directory: str or path; made if need be.
+            max_shard_size: number, the GB that one file of weights may have; more become several.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: `directory` holds weights in files of other names; the tokenizer is of a
+                kind that cannot be converted.
+
+        Source: KerasHub's `Backbone.export_to_transformers`, which does not know Phi-3.
+        """
+        export_model(directory, self, None, max_shard_size)
+
 
 # ---- Tokenizer and preprocessor ------------------------------------------------------------------
 
@@ -1398,6 +1416,22 @@ class Phi3Tokenizer:
             assets.mkdir(parents=True)
             (assets / "vocabulary.spm").write_bytes(proto)
 
+    def export_to_transformers(self, directory, add_start_token=True):
+        """Write what transformers' `AutoTokenizer` loads; see `Phi3Backbone`'s method.
+
+        Its ids and texts are the same, but for two kinds of texts: "<s>", "</s>" and "<unk>" in a
+        text are tokens there, and no "▁" is put before a text that is one special token alone.
+
+        Args:
+            directory: str or path; made if need be.
+            add_start_token: bool, put "<s>" before every text, and every conversation.
+        """
+        tokenizer, config = convert_tokenizer(self, add_start_token)
+        with staged(directory) as temporary:
+            tokenizer.save(str(temporary / "tokenizer.json"))
+            write_json(temporary / "tokenizer_config.json", config)
+            (temporary / "tokenizer.model").write_bytes(self.proto)  # for llama.cpp's converter
+
     def keras_object(self):
         """Return the dict that describes the tokenizer in Keras's JSON files."""
         config = {"dtype": "int32", "config_file": "tokenizer.json", "proto": None}
@@ -1487,6 +1521,15 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
         """Return the text of token ids, all of them in the vocabulary."""
         with malformed(self.path):
             return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def export_to_transformers(self, directory, add_start_token=None):
+        """Copy the tokenizer's own files; whether they add a start token, they say themselves."""
+        if add_start_token not in (None, self.adds_start_token):
+            warnings.warn(f"add_start_token={add_start_token} is left out: the tokenizer's own "
+                          "files are exported, and they say otherwise.", stacklevel=2)
+        with staged(directory) as temporary:
+            for path in filter(None, map(self.preset.file, TOKENIZER_FILES)):
+                shutil.copyfile(path, temporary / path.name)
 
     @property
     def proto(self):
@@ -1797,6 +1840,13 @@ class Phi3CausalLM:
             if self.preprocessor is not None:  # first, as this may be refused
                 self.preprocessor.save_to_preset(temporary)
             self.backbone.save_to_preset(temporary)
+
+    def export_to_transformers(self, directory, max_shard_size=10):
+        """Write what `AutoModelForCausalLM` and `AutoTokenizer` load; see `Phi3Backbone`'s method.
+
+        The tokenizer's part is described at `Phi3Tokenizer.export_to_transformers`.
+        """
+        export_model(directory, self.backbone, self, max_shard_size)
 
     def compile(self, sampler="top_k"):
         """Choose how `generate` picks tokens.
@@ -2254,12 +2304,15 @@ def compare_arrays(name, reference, other, tolerance):
 # ---- Presets: reading and writing ----------------------------------------------------------------
 
 
+TOKENIZER_FILES = (  # Hugging Face's
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)
 # All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
 # its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
 SMALL_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",  # and Keras's:
+    *TOKENIZER_FILES,  # and Keras's:
     "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
 )
 
@@ -2435,6 +2488,11 @@ def parse_json(text):
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
 
 
+GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = (  # `apply_chat_template`, in Jinja
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + "
+    "'<|end|>\\n' }}{% endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
+)
 # A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
 StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
 
@@ -2591,6 +2649,166 @@ def write_weights(path, weights, config):
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
+def write_safetensors(directory, named_arrays, max_shard_size):
+    """Write (name, array) pairs as Hugging Face does, one after the other, without a copy of all.
+
+    Files of more than `max_shard_size` GB are split, and an index says what is where.
+    """
+    dtypes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    shards, size = [[]], 0
+    for name, array in named_arrays:
+        size += array.nbytes
+        if shards[-1] and size > max_shard_size * 2**30:
+            shards.append([])
+            size = array.nbytes
+        shards[-1].append((name, array))
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        write_json(directory / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(array.nbytes for shard in shards for _, array in shard)},
+            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True)
+                           for tensor, _ in shard},
+        })
+    for name, shard in zip(names, shards, strict=True):
+        header, end = {"__metadata__": {"format": "pt"}}, 0  # without it, transformers refuses
+        for tensor, array in shard:
+            start, end = end, end + array.nbytes
+            header[tensor] = {"dtype": dtypes[array.dtype.name], "shape": array.shape,
+                              "data_offsets": [start, end]}
+        header = json.dumps(header).encode()
+        header += b" " * (-len(header) % 8)  # so that the arrays are aligned
+        with open(directory / name, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for _, array in progress(shard, f"saving {name}"):
+                to_numpy(array).tofile(file)
+
+
+def export_model(directory, backbone, causal_lm, max_shard_size):
+    """Write a model in Hugging Face's format; `causal_lm` is None for the backbone alone."""
+    require(is_number(max_shard_size) and max_shard_size > 0,
+            f"`max_shard_size` must be a positive number of GB. Received: {max_shard_size!r}")
+    preprocessor = causal_lm and causal_lm.preprocessor
+    token_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    with staged(directory) as temporary:
+        if preprocessor is not None:  # first, as this may be refused
+            tokenizer = preprocessor.tokenizer
+            tokenizer.export_to_transformers(temporary, preprocessor.add_start_token)
+            token_ids = {"bos_token_id": tokenizer.start_token_id,
+                         "eos_token_id": tokenizer.end_token_id,
+                         "pad_token_id": tokenizer.pad_token_id}
+            # What a Hugging Face directory says of sampling, say, is kept.
+            own = getattr(tokenizer, "preset", None) and tokenizer.preset.json(GENERATION_CONFIG)
+            stops = {"eos_token_id": causal_lm.resolve_stop_tokens("auto") or None}
+            write_json(temporary / GENERATION_CONFIG, token_ids | (own or {}) | stops)
+        config = backbone.config
+        write_json(temporary / "config.json", huggingface_config(config) | token_ids)
+        write_safetensors(temporary, huggingface_tensors(backbone.weights, config), max_shard_size)
+        written = {path.name for path in temporary.iterdir()}
+        stale = {path.name for path in pathlib.Path(directory).glob("model*.safetensors*")}
+        require(stale <= written, f"{directory} holds other weights, which would be read instead "
+                f"of these or beside them: {sorted(stale - written)}")
+
+
+def huggingface_config(config):
+    """Return the dict of Hugging Face's config.json: `arguments_from_huggingface`'s inverse.
+
+    RoPE is spelled as in the first checkpoints of Phi-3, which every reader knows.
+    """
+    rope_scaling = None
+    if config.rope_scaling_type == "su":
+        rope_scaling = {"type": "longrope", "short_factor": config.rope_scaling_short_factor,
+                        "long_factor": config.rope_scaling_long_factor}
+        if config.rope_attention_factor is not None:
+            rope_scaling["attention_factor"] = config.rope_attention_factor
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "torch_dtype": config.weight_dtype.name,
+        "vocab_size": config.vocabulary_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_dim,
+        "intermediate_size": config.intermediate_dim,
+        "num_attention_heads": config.num_query_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "attention_dropout": config.dropout,
+        "resid_pdrop": config.dropout,
+        "max_position_embeddings": config.max_sequence_length,
+        "original_max_position_embeddings": config.pretraining_sequence_length,
+        "rope_theta": config.rope_max_wavelength,
+        "rope_scaling": rope_scaling,
+        "partial_rotary_factor": config.partial_rotary_factor,
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def convert_tokenizer(tokenizer, add_start_token):
+    """Return a SentencePiece vocabulary as a `tokenizers.Tokenizer`, and its settings, a dict.
+
+    Source: transformers' `SpmConverter.build_tokenizer_from_spm_proto`.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+
+    proto = ModelProto.FromString(tokenizer.proto)
+    kinds, trainer, normalizer = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
+    require(trainer.model_type in (trainer.BPE, trainer.CHAR) and normalizer.escape_whitespaces
+            and not trainer.treat_whitespace_as_suffix,
+            "Only a vocabulary of BPE or characters, with spaces before words, can be exported.")
+    # SentencePiece merges to the piece of the best score: the rank of each merge that gives it.
+    ranks = {piece.piece: (-piece.score, token_id) for token_id, piece in enumerate(proto.pieces)
+             if piece.type == kinds.NORMAL and trainer.model_type == trainer.BPE}
+    merges = sorted((rank, piece[:i], piece[i:]) for piece, rank in ranks.items()
+                    for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks)
+    result = Tokenizer(models.BPE(
+        vocab=tokenizer.ids, merges=[merge[1:] for merge in merges], unk_token=trainer.unk_piece,
+        fuse_unk=True, byte_fallback=trainer.byte_fallback))
+    # Tokens that are `normalized` are cut out of the text after its spaces, and the one put before
+    # it, have become "▁", as SentencePiece does; but never "<s>", which comes before that "▁".
+    special = {token_id: AddedToken(piece.piece, special=True,
+                                    normalized=piece.type == kinds.USER_DEFINED)
+               for token_id, piece in enumerate(proto.pieces)
+               if piece.type in (kinds.UNKNOWN, kinds.CONTROL, kinds.USER_DEFINED)}
+    steps = [normalizers.Replace(" ", "▁")]
+    if normalizer.remove_extra_whitespaces:
+        steps = [normalizers.Replace(Regex(r"\A +| +\z"), ""),
+                 normalizers.Replace(Regex(" {2,}"), " "), *steps]
+    if normalizer.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.add_dummy_prefix:
+        # The tokens themselves are normalized, too, and would never be found with a "▁".
+        alone = "|".join(re.escape(token.content) for token in special.values())
+        steps += [normalizers.Prepend("▁"),
+                  normalizers.Replace(Regex(rf"\A▁(?=(?:{alone})\z)"), "")]
+    result.normalizer = normalizers.Sequence(steps)
+    result.add_tokens(list(special.values()))
+    strip = [decoders.Strip(" ", int(normalizer.add_dummy_prefix), 0)]
+    result.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    if add_start_token:
+        result.post_processor = processors.TemplateProcessing(
+            single=f"{START_TOKEN} $A", pair=f"{START_TOKEN} $A {START_TOKEN}:1 $B:1",
+            special_tokens=[(START_TOKEN, tokenizer.start_token_id)])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": add_start_token, "add_eos_token": False,
+        "chat_template": ("{{ bos_token }}" if add_start_token else "") + CHAT_TEMPLATE,
+    }
+    names = {"bos_token": tokenizer.start_token_id, "eos_token": tokenizer.end_token_id,
+             "unk_token": tokenizer.unknown_token_id, "pad_token": tokenizer.pad_token_id}
+    for name, token_id in names.items():
+        if token_id in special:  # with its flags: by its name alone, it would get others
+            config[name] = {"__type": "AddedToken", "content": special[token_id].content,
+                            "lstrip": False, "rstrip": False, "single_word": False,
+                            "normalized": special[token_id].normalized, "special": True}
+    return result, config
+
+
 def progress(named_arrays, what):
     """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
     from tqdm import tqdm
@@ -2630,7 +2848,7 @@ def staged(directory):
 
 def write_json(path, content):
     """Write a dict to a JSON file."""
-    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+    path.write_text(json.dumps(content, indent=4, default=np.generic.item), encoding="utf-8")
 
 
 def keras_object(module, class_name, config):
