@@ -2488,11 +2488,6 @@ def parse_json(text):
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
 
 
-GENERATION_CONFIG = "generation_config.json"
-CHAT_TEMPLATE = (  # `apply_chat_template`, in Jinja
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + "
-    "'<|end|>\\n' }}{% endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
-)
 # A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
 StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
 
@@ -2649,47 +2644,16 @@ def write_weights(path, weights, config):
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def write_safetensors(directory, named_arrays, max_shard_size):
-    """Write (name, array) pairs as Hugging Face does, one after the other, without a copy of all.
-
-    Files of more than `max_shard_size` GB are split, and an index says what is where.
-    """
-    dtypes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    shards, size = [[]], 0
-    for name, array in named_arrays:
-        size += array.nbytes
-        if shards[-1] and size > max_shard_size * 2**30:
-            shards.append([])
-            size = array.nbytes
-        shards[-1].append((name, array))
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        write_json(directory / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(array.nbytes for shard in shards for _, array in shard)},
-            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True)
-                           for tensor, _ in shard},
-        })
-    for name, shard in zip(names, shards, strict=True):
-        header, end = {"__metadata__": {"format": "pt"}}, 0  # without it, transformers refuses
-        for tensor, array in shard:
-            start, end = end, end + array.nbytes
-            header[tensor] = {"dtype": dtypes[array.dtype.name], "shape": array.shape,
-                              "data_offsets": [start, end]}
-        header = json.dumps(header).encode()
-        header += b" " * (-len(header) % 8)  # so that the arrays are aligned
-        with open(directory / name, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for _, array in progress(shard, f"saving {name}"):
-                to_numpy(array).tofile(file)
-
-
 def export_model(directory, backbone, causal_lm, max_shard_size):
     """Write a model in Hugging Face's format; `causal_lm` is None for the backbone alone."""
     require(is_number(max_shard_size) and max_shard_size > 0,
             f"`max_shard_size` must be a positive number of GB. Received: {max_shard_size!r}")
-    preprocessor = causal_lm and causal_lm.preprocessor
-    token_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config, preprocessor = backbone.config, causal_lm and causal_lm.preprocessor
+    shards = split_weights(huggingface_tensors(backbone.weights, config), max_shard_size * 2**30)
+    stale = {path.name for path in pathlib.Path(directory).glob("*.safetensors*")} - shards.keys()
+    require(not stale, f"{directory} holds other weights, which would be read instead of these, "
+            f"or beside them: {sorted(stale)}")
+    token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     with staged(directory) as temporary:
         if preprocessor is not None:  # first, as this may be refused
             tokenizer = preprocessor.tokenizer
@@ -2697,23 +2661,61 @@ def export_model(directory, backbone, causal_lm, max_shard_size):
             token_ids = {"bos_token_id": tokenizer.start_token_id,
                          "eos_token_id": tokenizer.end_token_id,
                          "pad_token_id": tokenizer.pad_token_id}
-            # What a Hugging Face directory says of sampling, say, is kept.
-            own = getattr(tokenizer, "preset", None) and tokenizer.preset.json(GENERATION_CONFIG)
+            # What a Hugging Face directory says there beside (of sampling, say) is kept.
+            name, source = "generation_config.json", getattr(tokenizer, "preset", None)
+            kept = (source and source.json(name)) or {}
             stops = {"eos_token_id": causal_lm.resolve_stop_tokens("auto") or None}
-            write_json(temporary / GENERATION_CONFIG, token_ids | (own or {}) | stops)
-        config = backbone.config
+            write_json(temporary / name, token_ids | kept | stops)
         write_json(temporary / "config.json", huggingface_config(config) | token_ids)
-        write_safetensors(temporary, huggingface_tensors(backbone.weights, config), max_shard_size)
-        written = {path.name for path in temporary.iterdir()}
-        stale = {path.name for path in pathlib.Path(directory).glob("model*.safetensors*")}
-        require(stale <= written, f"{directory} holds other weights, which would be read instead "
-                f"of these or beside them: {sorted(stale - written)}")
+        for name, content in shards.items():
+            write = write_json if name.endswith(".json") else write_safetensors
+            write(temporary / name, content)
+
+
+def split_weights(named_arrays, size):
+    """Return {file name: list of (name, array)} as Hugging Face splits weights, and their index.
+
+    Args:
+        named_arrays: iterable of (name, array).
+        size: number, the bytes that a file may have, unless it holds but one array.
+    """
+    shards, filled = [[]], 0
+    for name, array in named_arrays:
+        filled += array.nbytes
+        if shards[-1] and filled > size:
+            shards.append([])
+            filled = array.nbytes
+        shards[-1].append((name, array))
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard
+             for i, shard in enumerate(shards, start=1)}
+    weight_map = {name: file for file, shard in files.items() for name, _ in shard}
+    total = sum(array.nbytes for shard in shards for _, array in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return files | {"model.safetensors.index.json": index}
+
+
+def write_safetensors(path, named_arrays):
+    """Write a list of (name, array) to one file, array by array: there is no copy of them all."""
+    dtypes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # without it, transformers refuses the file
+    for name, array in named_arrays:
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": dtypes[array.dtype.name], "shape": array.shape,
+                        "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # so that the arrays are aligned
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, array in progress(named_arrays, "saving"):
+            to_numpy(array).tofile(file)
 
 
 def huggingface_config(config):
-    """Return the dict of Hugging Face's config.json: `arguments_from_huggingface`'s inverse.
+    """Return Hugging Face's config.json, a dict: the inverse of `arguments_from_huggingface`.
 
-    RoPE is spelled as in the first checkpoints of Phi-3, which every reader knows.
+    RoPE is spelled as in the first Phi-3 checkpoints, which every reader knows.
     """
     rope_scaling = None
     if config.rope_scaling_type == "su":
@@ -2722,8 +2724,7 @@ def huggingface_config(config):
         if config.rope_attention_factor is not None:
             rope_scaling["attention_factor"] = config.rope_attention_factor
     return {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_act": "silu",
         "torch_dtype": config.weight_dtype.name,
         "vocab_size": config.vocabulary_size,
         "num_hidden_layers": config.num_layers,
@@ -2732,10 +2733,8 @@ def huggingface_config(config):
         "num_attention_heads": config.num_query_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
         "rms_norm_eps": config.layer_norm_epsilon,
-        "attention_dropout": config.dropout,
-        "resid_pdrop": config.dropout,
+        "attention_dropout": config.dropout, "resid_pdrop": config.dropout,
         "max_position_embeddings": config.max_sequence_length,
         "original_max_position_embeddings": config.pretraining_sequence_length,
         "rope_theta": config.rope_max_wavelength,
@@ -2746,49 +2745,50 @@ def huggingface_config(config):
     }
 
 
-def convert_tokenizer(tokenizer, add_start_token):
-    """Return a SentencePiece vocabulary as a `tokenizers.Tokenizer`, and its settings, a dict.
+CHAT_TEMPLATE = (  # `apply_chat_template`, in Jinja
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + "
+    "'<|end|>\\n' }}{% endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
+)
 
-    Source: transformers' `SpmConverter.build_tokenizer_from_spm_proto`.
+
+def convert_tokenizer(tokenizer, add_start_token):
+    """Return a SentencePiece vocabulary as a `tokenizers.Tokenizer`, and tokenizer_config.json.
+
+    Source: transformers' `SpmConverter`; what differs makes ids and texts SentencePiece's.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
     proto = ModelProto.FromString(tokenizer.proto)
-    kinds, trainer, normalizer = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
-    require(trainer.model_type in (trainer.BPE, trainer.CHAR) and normalizer.escape_whitespaces
-            and not trainer.treat_whitespace_as_suffix,
-            "Only a vocabulary of BPE or characters, with spaces before words, can be exported.")
-    # SentencePiece merges to the piece of the best score: the rank of each merge that gives it.
+    kind, trainer, spaces = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
+    require(trainer.model_type in (trainer.BPE, trainer.CHAR) and spaces.add_dummy_prefix
+            and spaces.escape_whitespaces and not spaces.remove_extra_whitespaces
+            and not spaces.precompiled_charsmap and not trainer.treat_whitespace_as_suffix,
+            "Only vocabularies of Phi-3's kind can be exported: BPE or characters, which change "
+            "nothing in a text but its spaces.")
+    # Of neighbours that can be merged, SentencePiece takes those that give the best score.
     ranks = {piece.piece: (-piece.score, token_id) for token_id, piece in enumerate(proto.pieces)
-             if piece.type == kinds.NORMAL and trainer.model_type == trainer.BPE}
+             if piece.type == kind.NORMAL and trainer.model_type == trainer.BPE}
     merges = sorted((rank, piece[:i], piece[i:]) for piece, rank in ranks.items()
                     for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks)
     result = Tokenizer(models.BPE(
         vocab=tokenizer.ids, merges=[merge[1:] for merge in merges], unk_token=trainer.unk_piece,
         fuse_unk=True, byte_fallback=trainer.byte_fallback))
-    # Tokens that are `normalized` are cut out of the text after its spaces, and the one put before
-    # it, have become "▁", as SentencePiece does; but never "<s>", which comes before that "▁".
+    # A token that is `normalized` is cut out of a text in which "▁" stands for spaces, and before
+    # all: as SentencePiece does. "<s>" is not: it comes before that first "▁".
     special = {token_id: AddedToken(piece.piece, special=True,
-                                    normalized=piece.type == kinds.USER_DEFINED)
+                                    normalized=piece.type == kind.USER_DEFINED)
                for token_id, piece in enumerate(proto.pieces)
-               if piece.type in (kinds.UNKNOWN, kinds.CONTROL, kinds.USER_DEFINED)}
-    steps = [normalizers.Replace(" ", "▁")]
-    if normalizer.remove_extra_whitespaces:
-        steps = [normalizers.Replace(Regex(r"\A +| +\z"), ""),
-                 normalizers.Replace(Regex(" {2,}"), " "), *steps]
-    if normalizer.precompiled_charsmap:
-        steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
-    if normalizer.add_dummy_prefix:
-        # The tokens themselves are normalized, too, and would never be found with a "▁".
-        alone = "|".join(re.escape(token.content) for token in special.values())
-        steps += [normalizers.Prepend("▁"),
-                  normalizers.Replace(Regex(rf"\A▁(?=(?:{alone})\z)"), "")]
-    result.normalizer = normalizers.Sequence(steps)
+               if piece.type in (kind.UNKNOWN, kind.CONTROL, kind.USER_DEFINED)}
+    # To be found there, the tokens are normalized, too: without a "▁".
+    token = "|".join(re.escape(token.content) for token in special.values())
+    result.normalizer = normalizers.Sequence([
+        normalizers.Replace(" ", "▁"), normalizers.Prepend("▁"),
+        normalizers.Replace(Regex(rf"\A▁(?=({token})\z)"), "")])
     result.add_tokens(list(special.values()))
-    strip = [decoders.Strip(" ", int(normalizer.add_dummy_prefix), 0)]
-    result.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    result.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", left=1)])
     if add_start_token:
         result.post_processor = processors.TemplateProcessing(
             single=f"{START_TOKEN} $A", pair=f"{START_TOKEN} $A {START_TOKEN}:1 $B:1",
@@ -2799,13 +2799,11 @@ def convert_tokenizer(tokenizer, add_start_token):
         "add_bos_token": add_start_token, "add_eos_token": False,
         "chat_template": ("{{ bos_token }}" if add_start_token else "") + CHAT_TEMPLATE,
     }
-    names = {"bos_token": tokenizer.start_token_id, "eos_token": tokenizer.end_token_id,
+    roles = {"bos_token": tokenizer.start_token_id, "eos_token": tokenizer.end_token_id,
              "unk_token": tokenizer.unknown_token_id, "pad_token": tokenizer.pad_token_id}
-    for name, token_id in names.items():
-        if token_id in special:  # with its flags: by its name alone, it would get others
-            config[name] = {"__type": "AddedToken", "content": special[token_id].content,
-                            "lstrip": False, "rstrip": False, "single_word": False,
-                            "normalized": special[token_id].normalized, "special": True}
+    for role, token_id in roles.items():
+        if token_id in special:  # with its flags: a mere name would give it others
+            config[role] = {"__type": "AddedToken", **special[token_id].__getstate__()}
     return result, config
 
 

@@ -197,10 +197,7 @@ def test_a_bad_shard_size(size, tmp_path):
 
 VOCABULARIES = {
     "BPE": lambda: keras_vocabulary(LLAMA),
-    "BPE, normalizing": lambda: keras_vocabulary(train(normalization_rule_name="nmt_nfkc")),
-    "BPE, no first space": lambda: keras_vocabulary(train(
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False)),
+    "BPE, fewer special tokens": lambda: keras_vocabulary(LLAMA, SPECIAL[:2]),
     "characters": lambda: phi3_ref.Phi3Tokenizer.from_preset(EMBEDDED).proto,
 }
 
@@ -274,7 +271,7 @@ def test_texts_that_differ(exported):
     ours, theirs, again, _ = exported
     for tokenizer in (lambda text: theirs(text, add_special_tokens=False)["input_ids"], again):
         assert tokenizer("a<s>b") == [*ours("a"), ours.start_token_id, *ours("b")] != ours("a<s>b")
-        assert tokenizer("<|user|>") == ours("<|user|>")[-1:]
+        assert tokenizer("<|endoftext|>") == ours("<|endoftext|>")[-1:]
 
 
 def test_an_exported_tokenizer_is_saved_for_keras_again(tmp_path):
@@ -286,13 +283,24 @@ def test_an_exported_tokenizer_is_saved_for_keras_again(tmp_path):
     assert list(pieces) == list(ModelProto.FromString(KERAS.proto).pieces)
 
 
-def test_a_vocabulary_of_another_kind(tmp_path):
-    """What cannot be converted is refused, before anything is written."""
+@pytest.mark.parametrize("change", [
+    dict(model_type=1), dict(treat_whitespace_as_suffix=True), dict(add_dummy_prefix=False),
+    dict(remove_extra_whitespaces=True), dict(escape_whitespaces=False), "nmt_nfkc"], ids=str)
+def test_a_vocabulary_of_another_kind(change, tmp_path):
+    """What cannot be converted exactly is refused, before anything is written."""
     proto = ModelProto.FromString(KERAS.proto)
-    proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
-    tokenizer = phi3_ref.Phi3Tokenizer(proto.SerializeToString())
-    with pytest.raises(ValueError, match="BPE or characters"):
-        tokenizer.export_to_transformers(tmp_path / "new")
+    if isinstance(change, str):  # a table of characters, of which `tokenizers` makes another use
+        normal = ModelProto.FromString(train(normalization_rule_name=change))
+        proto.normalizer_spec.precompiled_charsmap = normal.normalizer_spec.precompiled_charsmap
+    else:
+        (name, value), = change.items()
+        spec = proto.trainer_spec if hasattr(proto.trainer_spec, name) else proto.normalizer_spec
+        setattr(spec, name, value)
+    causal_lm = phi3_ref.Phi3CausalLM(
+        phi3_ref.Phi3Backbone(511, 1, 8, 8, 2, 1, seed=0),
+        phi3_ref.Phi3CausalLMPreprocessor(phi3_ref.Phi3Tokenizer(proto.SerializeToString())))
+    with pytest.raises(ValueError, match="vocabularies of Phi-3's kind"):
+        causal_lm.export_to_transformers(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
