@@ -1428,7 +1428,7 @@ class Phi3Tokenizer:
         """
         tokenizer, config = convert_tokenizer(self, add_start_token)
         with staged(directory) as temporary:
-            tokenizer.save(str(temporary / "tokenizer.json"))
+            (temporary / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
             write_json(temporary / "tokenizer_config.json", config)
             (temporary / "tokenizer.model").write_bytes(self.proto)  # for llama.cpp's converter
 
@@ -2791,8 +2791,7 @@ def convert_tokenizer(tokenizer, add_start_token):
         decoders.Strip(" ", left=1)])
     if add_start_token:
         result.post_processor = processors.TemplateProcessing(
-            single=f"{START_TOKEN} $A", pair=f"{START_TOKEN} $A {START_TOKEN}:1 $B:1",
-            special_tokens=[(START_TOKEN, tokenizer.start_token_id)])
+            single=f"{START_TOKEN} $A", special_tokens=[(START_TOKEN, tokenizer.start_token_id)])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
         "clean_up_tokenization_spaces": False,
