@@ -2761,11 +2761,13 @@ def convert_tokenizer(tokenizer, add_start_token):
 
     proto = ModelProto.FromString(tokenizer.proto)
     kind, trainer, spaces = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
-    require(trainer.model_type in (trainer.BPE, trainer.CHAR) and spaces.add_dummy_prefix
-            and spaces.escape_whitespaces and not spaces.remove_extra_whitespaces
-            and not spaces.precompiled_charsmap and not trainer.treat_whitespace_as_suffix,
-            "Only vocabularies of Phi-3's kind can be exported: BPE or characters, which change "
-            "nothing in a text but its spaces.")
+    phi3s = {"add_dummy_prefix": True, "escape_whitespaces": True,
+             "remove_extra_whitespaces": False, "precompiled_charsmap": b""}
+    others = [name for name, value in phi3s.items() if getattr(spaces, name) != value]
+    others += ["treat_whitespace_as_suffix"] * trainer.treat_whitespace_as_suffix
+    others += ["model_type"] * (trainer.model_type not in (trainer.BPE, trainer.CHAR))
+    require(not others, "Only a vocabulary of Phi-3's kind can be exported: BPE or characters, "
+            f"which change nothing in a text but its spaces. This one has another {others}.")
     # Of neighbours that can be merged, SentencePiece takes those that give the best score.
     ranks = {piece.piece: (-piece.score, token_id) for token_id, piece in enumerate(proto.pieces)
              if piece.type == kind.NORMAL and trainer.model_type == trainer.BPE}
@@ -2795,6 +2797,7 @@ def convert_tokenizer(tokenizer, add_start_token):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds another
         "add_bos_token": add_start_token, "add_eos_token": False,
         "chat_template": ("{{ bos_token }}" if add_start_token else "") + CHAT_TEMPLATE,
     }
