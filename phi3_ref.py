@@ -1249,7 +1249,7 @@ class Phi3Backbone(Backbone):
 
         Args:
             directory: str or path; made if need be.
-            max_shard_size: number, the GB that one file of weights may have; more become several.
+            max_shard_size: number or None; more GB (2^30 bytes) of weights become several files.
 
         Raises:
             OSError: a file cannot be written.
@@ -2646,10 +2646,11 @@ def write_weights(path, weights, config):
 
 def export_model(directory, backbone, causal_lm, max_shard_size):
     """Write a model in Hugging Face's format; `causal_lm` is None for the backbone alone."""
-    require(is_number(max_shard_size) and max_shard_size > 0,
-            f"`max_shard_size` must be a positive number of GB. Received: {max_shard_size!r}")
+    require(max_shard_size is None or (is_number(max_shard_size) and max_shard_size > 0),
+            f"`max_shard_size` must be None or a positive number. Received: {max_shard_size!r}")
     config, preprocessor = backbone.config, causal_lm and causal_lm.preprocessor
-    shards = split_weights(huggingface_tensors(backbone.weights, config), max_shard_size * 2**30)
+    size = math.inf if max_shard_size is None else max_shard_size * 2**30
+    shards = split_weights(huggingface_tensors(backbone.weights, config), size)
     stale = {path.name for path in pathlib.Path(directory).glob("*.safetensors*")} - shards.keys()
     require(not stale, f"{directory} holds other weights, which would be read instead of these, "
             f"or beside them: {sorted(stale)}")
