@@ -1306,6 +1306,24 @@ class Phi3Backbone:
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
+    def export_to_transformers(self, directory, max_shard_size=10):
+        """Write the model to `directory` in Hugging Face's format, which transformers loads.
+
+        The output projection is among the weights, as `AutoModelForCausalLM` needs it.
+
+        Args:
+            directory: str or path; made if need be.
+            max_shard_size: number or None; more GB (2^30 bytes) of weights become several files.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: `directory` holds weights in files of other names; the tokenizer is of a
+                kind that cannot be converted.
+
+        Source: KerasHub's `Backbone.export_to_transformers`, which does not know Phi-3.
+        """
+        export_model(directory, self, None, max_shard_size)
+
 
 Backbone = Phi3Backbone  # whose `from_preset`, in KerasHub, picks the class that a config names
 
@@ -1483,6 +1501,22 @@ class Phi3Tokenizer:
             assets.mkdir(parents=True)
             (assets / "vocabulary.spm").write_bytes(proto)
 
+    def export_to_transformers(self, directory, add_start_token=True):
+        """Write what transformers' `AutoTokenizer` loads; see `Phi3Backbone`'s method.
+
+        Its ids and texts are the same, but for two kinds of texts: "<s>", "</s>" and "<unk>" in a
+        text are tokens there, and no "▁" is put before a text that is one special token alone.
+
+        Args:
+            directory: str or path; made if need be.
+            add_start_token: bool, put "<s>" before every text, and every conversation.
+        """
+        tokenizer, config = convert_tokenizer(self, add_start_token)
+        with staged(directory) as temporary:
+            (temporary / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+            write_json(temporary / "tokenizer_config.json", config)
+            (temporary / "tokenizer.model").write_bytes(self.proto)  # for llama.cpp's converter
+
     def keras_object(self):
         """Return the dict that describes the tokenizer in Keras's JSON files."""
         config = {"dtype": "int32", "config_file": "tokenizer.json", "proto": None}
@@ -1659,6 +1693,15 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             ids += run
         with malformed(self.path):
             return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def export_to_transformers(self, directory, add_start_token=None):
+        """Copy the tokenizer's own files; whether they add a start token, they say themselves."""
+        if add_start_token not in (None, self.adds_start_token):
+            warnings.warn(f"add_start_token={add_start_token} is left out: the tokenizer's own "
+                          "files are exported, and they say otherwise.", stacklevel=2)
+        with staged(directory) as temporary:
+            for path in filter(None, map(self.preset.file, TOKENIZER_FILES)):
+                shutil.copyfile(path, temporary / path.name)
 
     @property
     def proto(self):
@@ -2046,6 +2089,13 @@ class Phi3CausalLM:
             if self.preprocessor is not None:  # first, as this may be refused
                 self.preprocessor.save_to_preset(temporary)
             self.backbone.save_to_preset(temporary, max_shard_size)
+
+    def export_to_transformers(self, directory, max_shard_size=10):
+        """Write what `AutoModelForCausalLM` and `AutoTokenizer` load; see `Phi3Backbone`'s method.
+
+        The tokenizer's part is described at `Phi3Tokenizer.export_to_transformers`.
+        """
+        export_model(directory, self.backbone, self, max_shard_size)
 
     def compile(self, sampler="top_k"):
         """Choose how `generate` picks tokens.
@@ -2502,12 +2552,15 @@ def compare_arrays(name, reference, other, tolerance):
 # ---- Presets: reading and writing ----------------------------------------------------------------
 
 
+TOKENIZER_FILES = (  # Hugging Face's
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)
 # All that a preset says of its model, but the weights. Hugging Face is asked for exactly these: in
 # its patterns "*" matches "/" as well, and so whole directories of a trainer's checkpoints.
 SMALL_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",  # and Keras's:
+    *TOKENIZER_FILES,  # and Keras's:
     "preprocessor.json", "assets/tokenizer/vocabulary.spm", "model.weights.json",
 )
 
@@ -2915,6 +2968,172 @@ def write_weights(directory, weights, config, max_shard_size):
         write_json(directory / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def export_model(directory, backbone, causal_lm, max_shard_size):
+    """Write a model in Hugging Face's format; `causal_lm` is None for the backbone alone."""
+    require(max_shard_size is None or (is_number(max_shard_size) and max_shard_size > 0),
+            f"`max_shard_size` must be None or a positive number. Received: {max_shard_size!r}")
+    config, preprocessor = backbone.config, causal_lm and causal_lm.preprocessor
+    size = math.inf if max_shard_size is None else max_shard_size * 2**30
+    shards = split_weights(huggingface_tensors(backbone.weights, config), size)
+    stale = {path.name for path in pathlib.Path(directory).glob("*.safetensors*")} - shards.keys()
+    require(not stale, f"{directory} holds other weights, which would be read instead of these, "
+            f"or beside them: {sorted(stale)}")
+    token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    with staged(directory) as temporary:
+        if preprocessor is not None:  # first, as this may be refused
+            tokenizer = preprocessor.tokenizer
+            tokenizer.export_to_transformers(temporary, preprocessor.add_start_token)
+            token_ids = {"bos_token_id": tokenizer.start_token_id,
+                         "eos_token_id": tokenizer.end_token_id,
+                         "pad_token_id": tokenizer.pad_token_id}
+            # What a Hugging Face directory says there beside (of sampling, say) is kept.
+            name, source = "generation_config.json", getattr(tokenizer, "preset", None)
+            kept = (source and source.json(name)) or {}
+            stops = {"eos_token_id": causal_lm.resolve_stop_tokens("auto") or None}
+            write_json(temporary / name, token_ids | kept | stops)
+        write_json(temporary / "config.json", huggingface_config(config) | token_ids)
+        for name, content in shards.items():
+            write = write_json if name.endswith(".json") else write_safetensors
+            write(temporary / name, content)
+
+
+def split_weights(named_arrays, size):
+    """Return {file name: list of (name, array)} as Hugging Face splits weights, and their index.
+
+    Args:
+        named_arrays: iterable of (name, array).
+        size: number, the bytes that a file may have, unless it holds but one array.
+    """
+    shards, filled = [[]], 0
+    for name, array in named_arrays:
+        filled += array.nbytes
+        if shards[-1] and filled > size:
+            shards.append([])
+            filled = array.nbytes
+        shards[-1].append((name, array))
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard
+             for i, shard in enumerate(shards, start=1)}
+    weight_map = {name: file for file, shard in files.items() for name, _ in shard}
+    total = sum(array.nbytes for shard in shards for _, array in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return files | {"model.safetensors.index.json": index}
+
+
+def write_safetensors(path, named_arrays):
+    """Write a list of (name, array) to one file, array by array: there is no copy of them all."""
+    dtypes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # without it, transformers refuses the file
+    for name, array in named_arrays:
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": dtypes[array.dtype.name], "shape": array.shape,
+                        "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # so that the arrays are aligned
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, array in progress(named_arrays, "saving"):
+            to_numpy(array).tofile(file)
+
+
+def huggingface_config(config):
+    """Return Hugging Face's config.json, a dict: the inverse of `arguments_from_huggingface`.
+
+    RoPE is spelled as in the first Phi-3 checkpoints, which every reader knows.
+    """
+    rope_scaling = None
+    if config.rope_scaling_type == "su":
+        rope_scaling = {"type": "longrope", "short_factor": config.rope_scaling_short_factor,
+                        "long_factor": config.rope_scaling_long_factor}
+        if config.rope_attention_factor is not None:
+            rope_scaling["attention_factor"] = config.rope_attention_factor
+    return {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_act": "silu",
+        "torch_dtype": config.weight_dtype.name,
+        "vocab_size": config.vocabulary_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_dim,
+        "intermediate_size": config.intermediate_dim,
+        "num_attention_heads": config.num_query_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "attention_dropout": config.dropout, "resid_pdrop": config.dropout,
+        "max_position_embeddings": config.max_sequence_length,
+        "original_max_position_embeddings": config.pretraining_sequence_length,
+        "rope_theta": config.rope_max_wavelength,
+        "rope_scaling": rope_scaling,
+        "partial_rotary_factor": config.partial_rotary_factor,
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+CHAT_TEMPLATE = (  # `apply_chat_template`, in Jinja
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + "
+    "'<|end|>\\n' }}{% endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
+)
+
+
+def convert_tokenizer(tokenizer, add_start_token):
+    """Return a SentencePiece vocabulary as a `tokenizers.Tokenizer`, and tokenizer_config.json.
+
+    Source: transformers' `SpmConverter`; what differs makes ids and texts SentencePiece's.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+
+    proto = ModelProto.FromString(tokenizer.proto)
+    kind, trainer, spaces = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
+    phi3s = {"add_dummy_prefix": True, "escape_whitespaces": True,
+             "remove_extra_whitespaces": False, "precompiled_charsmap": b""}
+    others = [name for name, value in phi3s.items() if getattr(spaces, name) != value]
+    others += ["treat_whitespace_as_suffix"] * trainer.treat_whitespace_as_suffix
+    others += ["model_type"] * (trainer.model_type not in (trainer.BPE, trainer.CHAR))
+    require(not others, "Only a vocabulary of Phi-3's kind can be exported: BPE or characters, "
+            f"which change nothing in a text but its spaces. This one has another {others}.")
+    # Of neighbours that can be merged, SentencePiece takes those that give the best score.
+    ranks = {piece.piece: (-piece.score, token_id) for token_id, piece in enumerate(proto.pieces)
+             if piece.type == kind.NORMAL and trainer.model_type == trainer.BPE}
+    merges = sorted((rank, piece[:i], piece[i:]) for piece, rank in ranks.items()
+                    for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks)
+    result = Tokenizer(models.BPE(
+        vocab=tokenizer.ids, merges=[merge[1:] for merge in merges], unk_token=trainer.unk_piece,
+        fuse_unk=True, byte_fallback=trainer.byte_fallback))
+    # A token that is `normalized` is cut out of a text in which "▁" stands for spaces, and before
+    # all: as SentencePiece does. "<s>" is not: it comes before that first "▁".
+    special = {token_id: AddedToken(piece.piece, special=True,
+                                    normalized=piece.type == kind.USER_DEFINED)
+               for token_id, piece in enumerate(proto.pieces)
+               if piece.type in (kind.UNKNOWN, kind.CONTROL, kind.USER_DEFINED)}
+    # To be found there, the tokens are normalized, too: without a "▁".
+    token = "|".join(re.escape(token.content) for token in special.values())
+    result.normalizer = normalizers.Sequence([
+        normalizers.Replace(" ", "▁"), normalizers.Prepend("▁"),
+        normalizers.Replace(Regex(rf"\A▁(?=({token})\z)"), "")])
+    result.add_tokens(list(special.values()))
+    result.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", left=1)])
+    if add_start_token:
+        result.post_processor = processors.TemplateProcessing(
+            single=f"{START_TOKEN} $A", special_tokens=[(START_TOKEN, tokenizer.start_token_id)])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds another
+        "add_bos_token": add_start_token, "add_eos_token": False,
+        "chat_template": ("{{ bos_token }}" if add_start_token else "") + CHAT_TEMPLATE,
+    }
+    roles = {"bos_token": tokenizer.start_token_id, "eos_token": tokenizer.end_token_id,
+             "unk_token": tokenizer.unknown_token_id, "pad_token": tokenizer.pad_token_id}
+    for role, token_id in roles.items():
+        if token_id in special:  # with its flags: a mere name would give it others
+            config[role] = {"__type": "AddedToken", **special[token_id].__getstate__()}
+    return result, config
+
+
 def progress(named_arrays, what):
     """Yield (name, array) pairs, with a progress bar of bytes on stderr if it takes a while."""
     from tqdm import tqdm
@@ -2957,7 +3176,7 @@ def staged(directory):
 
 def write_json(path, content):
     """Write a dict to a JSON file."""
-    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+    path.write_text(json.dumps(content, indent=4, default=np.generic.item), encoding="utf-8")
 
 
 def keras_object(module, class_name, config):

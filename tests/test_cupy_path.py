@@ -530,3 +530,16 @@ def test_the_model_never_imports_cupy_by_itself():
     """No file but the kernels' names CuPy outside of a function."""
     source = pathlib.Path(phi3_ref.__file__).read_text(encoding="utf-8")
     assert "\nimport cupy" not in source and "\nimport kernels_cuda" not in source
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_export(policy, tmp_path):
+    """What is on the device is exported tensor by tensor, as what is on the host."""
+    for backend in ("numpy", "cupy"):
+        backbone = phi3_ref.Phi3Backbone(**PLAIN, seed=3, dtype=policy, backend=backend)
+        cupy_stand_in.transfers.clear()
+        backbone.export_to_transformers(tmp_path / backend)
+    assert len(cupy_stand_in.transfers) == 3 + 6 * PLAIN["num_layers"]
+    for name in ("config.json", "model.safetensors"):
+        on_host, on_device = (tmp_path / backend / name for backend in ("numpy", "cupy"))
+        assert on_host.read_bytes() == on_device.read_bytes()
