@@ -1,26 +1,27 @@
 """Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
 
 The first part is a story: the whole model, from token ids to logits, as functions on plain arrays,
-most of them a few lines long. Nothing is hidden in a framework, and no file is opened in it. The
-second part, the appendix, connects the model with the world: Keras's and Hugging Face's names and
-files, tokenizers, text generation, instruments to compare it with others, a command line. The model
-computes what KerasHub's `Phi3Backbone` computes. It does not train.
+most of them a few lines long. Nothing is hidden in a framework, and no file is opened in it. (Raw
+CUDA for three of the functions stands in kernels_cuda.py.) The second part, the appendix, connects
+the model with the world: Keras's and Hugging Face's names and files, tokenizers, text generation,
+instruments to compare it with others, a command line. The model computes what KerasHub's
+`Phi3Backbone` computes. It does not train.
 
-Legend. Every shape comment uses these letters:
+Legend. Shape comments use these letters; small s, t and k are a block's share of S, T and K:
 
     B  batch                     D  hidden_dim           C  head_dim
     S  query positions           F  intermediate_dim     R  rotary_dim, the rotated part of C
     T  key positions (S <= T)    V  vocabulary_size
     H  query heads               K  key/value heads      G  H // K, query heads per key/value head
 
-Rounding. Where the computation is in 16 bits, products, means and softmax still run in float32, and
-these results are rounded:
+Rounding. Where the computation is in 16 bits, matrix products, means, softmax, silu and RoPE's
+angles are in float32 nevertheless, and these results are rounded:
 
     linear               the product, once
     rms_norm             the normed and scaled vector, once (in transformers before the scale, too)
     RoPE                 cosines and sines; then each product, and each sum of two
     attention            the context, once
-    textbook_attention   the scaled query; scores; probabilities; the context. A tap sees it
+    textbook_attention   the scaled query; scores; probabilities; the context
     SwiGLU               silu's result; then the product of gate and intermediate
     residuals, dropout   each result
     weights              in the mixed policies, where they are used
@@ -159,7 +160,8 @@ class Phi3Config:
         longer: it divides each pair's frequency by a factor of its own, so that far positions stay
         within the angles that the model has learned, and makes the dot products a little larger, so
         that attention over more keys stays as sharp. A sequence beyond the pretraining length takes
-        other factors than one within: all of its keys, even those that were cached before.
+        other factors than one within. (Keys that were cached before keep the old ones: whoever
+        crosses that length starts a new cache, as `Phi3CausalLM.next_logits` does.)
 
         Args:
             positions: [S], int.
@@ -243,8 +245,8 @@ def random_weights(config, seed=None, xp=np):
     def make(name, shape):
         if len(shape) == 1:
             return xp.ones(shape, config.weight_dtype)
-        normal = rng.standard_normal(shape, np.float32)
-        normal *= np.float32(0.01 if name.endswith("embedding") else 0.02)
+        stddev = np.float32(0.01 if name.endswith("embedding") else 0.02)
+        normal = rng.standard_normal(shape, np.float32) * stddev
         return xp.asarray(normal.astype(config.weight_dtype, copy=False))
 
     return config.build_weights(make)
@@ -256,13 +258,6 @@ def random_weights(config, seed=None, xp=np):
 # Three functions come in pairs. The textbook's stand here, to be read; their fast twins, which are
 # computed unless a config says `fused=False`, stand after the model. Arguments are the same, and so
 # are results, but for rounding.
-
-
-def functions_for(config):
-    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
-    if config.fused:
-        return linear, rms_norm, attention
-    return textbook_linear, textbook_rms_norm, textbook_attention
 
 
 def textbook_linear(x, weight):
@@ -358,7 +353,7 @@ def no_tap(name, array):
 
 
 def prefixed(tap, prefix):
-    """Return `tap` for names that begin with `prefix` and a dot."""
+    """Return a tap that calls `tap` with `prefix` and a dot before each name."""
     return tap if tap is no_tap else lambda name, array: tap(f"{prefix}.{name}", array)
 
 
@@ -388,7 +383,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
     key = key.transpose(0, 2, 3, 1)[:, :, None]  # [B, K, 1, C, T]
     value = value.transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, T, C]
 
-    scores = tap("scores", matmul(query, key).reshape(B, H, S, T))
+    scores = tap("scores", matmul(query, key).reshape(B, H, S, T))  # from [B, K, G, S, T]
     visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window, padding_mask)
     visible = visible[..., None, :, :]  # [1, S, T] or [B, 1, S, T], for all heads
     probabilities = softmax(upcast(scores), visible).astype(query.dtype, copy=False)
@@ -422,6 +417,13 @@ def dropout(x, rate, rng):
         return x
     keep = rng.random(x.shape, dtype=np.float32) >= rate
     return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
+
+
+def functions_for(config):
+    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
+    if config.fused:
+        return linear, rms_norm, attention
+    return textbook_linear, textbook_rms_norm, textbook_attention
 
 
 # What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
@@ -469,11 +471,11 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     value = tap("attention.value", all_heads[:, :, -K:])
     query = tap("attention.query_rotary", rotary_embedding(query, *rotary))
     key = tap("attention.key_rotary", rotary_embedding(key, *rotary))
-    seen = key, value, padding_mask, config.sliding_window  # [B, S, K, C]
+    seen = key, value, padding_mask, config.sliding_window  # what attention takes after the query
     if cache is not None:
-        seen = cache.append(index, key, value)  # these and all that came before: [B, T, K, C]
+        seen = cache.append(index, key, value)  # the same, with the keys and values of before
     context = tap("attention.context", attention(query, *seen, prefixed(tap, "attention")))
-    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)  # there, as in KerasHub
+    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)  # KerasHub's: not on p
     output = tap("attention_output", linear(context, weights["attention_output"]))
     x = tap("attention_residual", x + dropout(output, config.dropout, rng))
 
@@ -482,7 +484,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     gate_intermediate = linear(normed, weights["feedforward_gate_intermediate"])  # [B, S, 2F]
     gate = tap("feedforward_gate", gate_intermediate[..., :F])
     intermediate = tap("feedforward_intermediate", gate_intermediate[..., F:])
-    gated = silu(gate)  # [B, S, F]
+    gated = silu(gate)  # SwiGLU: silu(gate) * intermediate, [B, S, F]
     gated *= intermediate  # in place: the array is silu's own
     output = tap("feedforward_output", linear(gated, weights["feedforward_output"]))
     return x + dropout(output, config.dropout, rng)
@@ -500,8 +502,9 @@ class KVCache:
     Args:
         config: Phi3Config.
         batch_size: int, B.
-        max_length: int, the number of positions that there is room for.
-        chunk: int or None; with a sliding window, the most positions that come at once.
+        max_length: int, the most positions of a sequence.
+        chunk: int or None, the most positions that come at once; then a sliding window bounds the
+            room.
         xp: the module, `numpy` or `cupy`, that the arrays are of.
     """
 
@@ -533,7 +536,7 @@ class KVCache:
         """
         start = self.length - self.first
         end = start + key.shape[1]
-        keys, values = self.arrays[layer, :, :, :end]
+        keys, values = self.arrays[layer, :, :, :end]  # views, each [B, T, K, C]
         keys[:, start:] = key
         values[:, start:] = value
         return keys, values, None, self.window
@@ -547,9 +550,27 @@ class KVCache:
 # ---- The model -----------------------------------------------------------------------------------
 
 
+def cast(weight, config):
+    """Return `weight` in the compute dtype: a copy in the mixed policies only."""
+    return weight.astype(config.compute_dtype, copy=False)
+
+
+def token_embedding(weights, config, token_ids):
+    """Return the vectors [B, S, D] of token ids [B, S]."""
+    return cast(weights["token_embedding"][token_ids], config)
+
+
+def reverse_embedding(weights, config, hidden_states):
+    """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
+    linear, _, _ = functions_for(config)
+    return linear(hidden_states, cast(weights["reverse_embedding"], config))
+
+
 def forward(weights, config, token_ids, padding_mask=None, cache=None, total=None, rng=None,
             tap=no_tap):
     """Compute the hidden states of token ids, all at once or the next ones of a cached sequence.
+
+    `reverse_embedding` makes logits of them.
 
     Args:
         weights: the tree of `Phi3Config.build_weights`.
@@ -558,7 +579,7 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
         padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
         cache: KVCache or None; the S positions come after those that it holds, and into it.
         total: int, the length of a prompt that comes in several calls, so that all take the same su
-            factors; None: the positions so far.
+            factors; None: the positions so far, these included.
         rng: see `dropout`.
         tap: called with "token_embedding", "transformer_layer_0" and so on, what is inside of each
             layer (see `LAYER_TAPS`), and "sequence_output_layernorm".
@@ -583,22 +604,6 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
     _, rms_norm, _ = functions_for(config)
     scale = cast(weights["sequence_output_layernorm"], config)
     return tap("sequence_output_layernorm", rms_norm(x, scale, config.layer_norm_epsilon))
-
-
-def token_embedding(weights, config, token_ids):
-    """Return the vectors [B, S, D] of token ids [B, S]."""
-    return cast(weights["token_embedding"][token_ids], config)
-
-
-def reverse_embedding(weights, config, hidden_states):
-    """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
-    linear, _, _ = functions_for(config)
-    return linear(hidden_states, cast(weights["reverse_embedding"], config))
-
-
-def cast(weight, config):
-    """Return `weight` in the compute dtype: a copy in the mixed policies only."""
-    return weight.astype(config.compute_dtype, copy=False)
 
 
 # ---- The same, faster ----------------------------------------------------------------------------
@@ -630,7 +635,7 @@ def linear(x, weight):
         # A piece of the weight at a time, for either of two reasons. 16 bits: only a piece is
         # upcast at once; for few rows so small a piece that it stays in cache (3 times faster).
         # 2 to 127 rows: BLAS is up to 1.8 times faster if a piece comes first, (W x^T)^T.
-        rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)
+        rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)  # [n, out]
         size = 128 if few and narrow else 512
         for start in range(0, len(weight), size):
             piece = upcast(weight[start : start + size])
@@ -672,12 +677,12 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     G, block = H // K, 128
     query = query.reshape(B, S, K, G, C)
     context = xp.empty((B, S, K, G, C), query.dtype)
-    # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): in
-    # decoding all, in a long prompt one. Sizes may be 0, hence max(1, ...).
+    # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): all
+    # where few queries or keys meet, one in a long prompt. Sizes may be 0, hence max(1, ...).
     heads = max(1, 2**18 // max(1, G * min(S, block) * T))
     for b, start in itertools.product(range(B), range(0, S, block)):
         stop = min(start + block, S)
-        # The block's queries, [s], are the last of the positions [first, last), [t].
+        # The block's keys are those at t = last - first positions, its queries the last s of them.
         last = T - S + stop
         first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
         positions = xp.arange(first, last)
@@ -1000,16 +1005,7 @@ def dtype_policy_name(dtype):
 # ---- The backbone --------------------------------------------------------------------------------
 
 
-class Backbone:
-    """Base class: `Backbone.from_preset` picks the class that a preset's config names."""
-
-    @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """Build a backbone from a preset; see `Phi3Backbone.from_preset`."""
-        return Phi3Backbone.from_preset(preset, load_weights, **kwargs)
-
-
-class Phi3Backbone(Backbone):
+class Phi3Backbone:
     """Phi-3 without its output projection: token ids to hidden states.
 
     The sizes and settings are `Phi3Config`'s, each of which is an attribute here, too.
@@ -1143,10 +1139,6 @@ class Phi3Backbone(Backbone):
                     "With `tie_word_embeddings`, weights[1] must be weights[0] transposed.")
         self.weights = ours
 
-    def count_params(self):
-        """Return the number of parameters, an int."""
-        return self.config.count_params()
-
     def summary(self):
         """Print a table of the weights: name, shape, parameters and bytes."""
         print(f'Model "{self.name}", {self.dtype} policy')
@@ -1237,6 +1229,9 @@ class Phi3Backbone(Backbone):
             write_weights(temporary / "model.weights.h5", self.weights, self.config)
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
+
+
+Backbone = Phi3Backbone  # whose `from_preset`, in KerasHub, picks the class that a config names
 
 
 # ---- Tokenizer and preprocessor ------------------------------------------------------------------
@@ -2293,11 +2288,9 @@ class Preset:
         self.scheme, _, self.handle = location.rpartition("://")
         require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
         if not self.scheme and not os.path.isdir(self.handle):
-            if self.name != location:
-                raise FileNotFoundError(
-                    f"The embedded preset {self.name!r} is not beside phi3_ref.py. Copy it from "
-                    f"the repository to {location}, or choose another preset.")
             raise FileNotFoundError(
+                f"The embedded preset {self.name!r} is not beside phi3_ref.py: copy it from the "
+                f"repository to {location}, or choose another." if self.name != location else
                 f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
                 ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
             )

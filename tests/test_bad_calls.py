@@ -202,3 +202,14 @@ def test_a_causal_lm_takes_only_a_tokenizer_that_fits():
         else:
             with pytest.raises(ValueError, match=f"{tokens} tokens"):
                 phi3_ref.Phi3CausalLM(backbone, preprocessor)
+
+
+@pytest.mark.parametrize("call", ["backbone", "causal_lm", "generate"])
+def test_a_tap_that_returns_nothing_is_named(call):
+    """A forgotten `return` is an error at the first name, not a TypeError further on."""
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    function = {"backbone": causal_lm.backbone, "causal_lm": causal_lm,
+                "generate": lambda inputs, tap: causal_lm.generate(
+                    PROMPT, stop_token_ids=None, tap=tap)}[call]
+    with pytest.raises(ValueError, match="tap returned None for 'token_embedding'"):
+        function(PROMPT, tap=lambda name, array: None)
