@@ -3,7 +3,8 @@
 `rms_norm`, `attention` and `linear` have the signatures and the meaning of phi3_ref's, on CuPy
 arrays in float32, float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a
 comment that gives its algorithm, its tiling, and what limits it; they are compiled when they are
-first used. `decode_by_graph` makes one launch of a decoding step's many: a CUDA graph.
+first used. `decode_by_graph` makes one launch of a decoding step's many: a CUDA graph. `load_cupy`
+says what is missing where CuPy or the GPU is.
 
 Legend, as in phi3_ref: B batch, S query positions, T key positions, H query heads, K key/value
 heads, G = H // K, C head_dim, D hidden_dim. The S queries are the last S of the T positions.
@@ -26,6 +27,7 @@ References:
 
 import contextlib
 import functools
+import importlib.metadata
 import math
 
 import numpy as np
@@ -829,6 +831,41 @@ def require(condition, message, error=ValueError):
         raise error(message)
 
 
+INSTALL = ('pip install "cupy-cuda13x[ctk]>=14", or "cupy-cuda12x[ctk]>=14" where nvidia-smi says '
+           "CUDA 12")
+
+
+def load_cupy():
+    """Return CuPy, or say what stands in its way and what to do.
+
+    Raises:
+        ImportError: CuPy is missing, too old for bfloat16, or there twice.
+        RuntimeError: there is no GPU, or its driver is older than CuPy.
+    """
+    packages = [name for name in ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+                if any(importlib.metadata.distributions(name=name))]
+    remove = f"pip uninstall {' '.join(packages)}"
+    require(len(packages) < 2, "Each of these packages breaks the other, as both bring CuPy: "
+            f"{remove}; then {INSTALL}", ImportError)
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(f"A GPU needs CuPy: {INSTALL}. ({error})") from error
+    require(int(cupy.__version__.split(".")[0]) >= 14,
+            f"CuPy {cupy.__version__} is too old: {INSTALL}", ImportError)
+    runtime = cupy.cuda.runtime
+    driver, built_for = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000
+    require(driver == 0 or driver >= built_for,  # 0: there is no driver
+            f"The driver is of CUDA {driver}, CuPy of CUDA {built_for}: update the driver, or "
+            f"{remove}; then {INSTALL}", RuntimeError)
+    try:
+        runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise RuntimeError("CuPy finds no NVIDIA GPU with its driver: install the driver, or "
+                           f'choose backend="numpy". ({error})') from error
+    return cupy
+
+
 def check_array(name, array, shape, like=None):
     """Check an array's type, its shape (None: any) and, if given, that it matches the array `like`.
 
@@ -838,8 +875,8 @@ def check_array(name, array, shape, like=None):
         shape: tuple of int or None.
         like: array whose device `array` must share, and whose dtype, unless `array` is a mask.
     """
-    require(array_module is not None, "The kernels need CuPy and an NVIDIA GPU: "
-            "pip install 'cupy-cuda13x[ctk]' (cupy-cuda12x for a driver of CUDA 12).", ImportError)
+    require(array_module is not None, f"The kernels need CuPy and an NVIDIA GPU: {INSTALL}",
+            ImportError)
     require(isinstance(array, array_module.ndarray), f"`{name}` must be a "
             f"{array_module.__name__}.ndarray. Received: {type(array)}", TypeError)
     wanted = ", ".join("any" if size is None else str(size) for size in shape)

@@ -21,7 +21,7 @@ angles are in float32 nevertheless, and these results are rounded:
     rms_norm             the normed and scaled vector, once (in transformers before the scale, too)
     RoPE                 cosines and sines; then each product, and each sum of two
     attention            the context, once
-    textbook_attention   scores, C^-0.5 and their product; probabilities; the context
+    textbook_attention   the scaled query; scores; probabilities; the context
     SwiGLU               silu's result; then the product of gate and intermediate
     residuals, dropout   each result
     weights              in the mixed policies, where they are used
@@ -373,17 +373,18 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
         [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
 
     Source: https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2305.13245; KerasHub's
-    `Phi3Attention`, whose roundings in 16 bits these are.
+    `Phi3Attention`, which rounds in 16 bits as often, but scales the product.
     """
     xp = get_array_module(query)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    # Scaled before the product, as in `attention`: q·k itself can exceed float16's 65,504.
+    query = query * xp.asarray(C**-0.5, query.dtype)
     # The G query heads of a group share one key/value head: an axis of size 1 broadcasts over them.
     query = query.reshape(B, S, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, C]
     key = key.transpose(0, 2, 3, 1)[:, :, None]  # [B, K, 1, C, T]
     value = value.transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, T, C]
 
-    scores = matmul(query, key) * xp.asarray(C**-0.5, query.dtype)  # [B, K, G, S, T]
-    scores = tap("scores", scores.reshape(B, H, S, T))
+    scores = tap("scores", matmul(query, key).reshape(B, H, S, T))  # from [B, K, G, S, T]
     visible = visible_keys(xp.arange(T - S, T), xp.arange(T), sliding_window, padding_mask)
     visible = visible[..., None, :, :]  # [1, S, T] or [B, 1, S, T], for all heads
     probabilities = softmax(upcast(scores), visible).astype(query.dtype, copy=False)
@@ -1034,18 +1035,13 @@ def to_numpy(array):
 
 def load_backend(backend):
     """Return the module that a backend's name, "numpy" or "cupy", stands for."""
+    require(backend in ("numpy", "cupy"),
+            f'`backend` must be "numpy" or "cupy". Received: {backend!r}')
     if backend == "numpy":
         return np
-    require(backend == "cupy", f'`backend` must be "numpy" or "cupy". Received: {backend!r}')
-    try:
-        import cupy
+    import kernels_cuda
 
-        cupy.cuda.runtime.getDeviceCount()
-    except ImportError as error:
-        raise ImportError('backend="cupy" needs CuPy: pip install cupy-cuda13x') from error
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RuntimeError(f'backend="cupy" needs an NVIDIA GPU and its driver: {error}') from error
-    return cupy
+    return kernels_cuda.load_cupy()
 
 
 def memory_for(what, xp):
@@ -1847,8 +1843,11 @@ class Phi3CausalLMPreprocessor:
         self.add_start_token = add_start_token and tokenizer.start_token_id is not None
         self.add_end_token = add_end_token
 
-    def pack(self, texts, length, add_end_token):
-        """Return token ids, int32, and padding mask, bool: [B, length], or [length] for a str."""
+    def pack(self, texts, length, add_end_token, room=None):
+        """Return token ids, int32, and padding mask, bool: [B, length], or [length] for a str.
+
+        What is longer is cut. Of prompts that leave less than `room`, an int, a warning says so.
+        """
         # A chat template may write the start token itself. transformers then adds none to a chat,
         # but a second one to the same text alone, which no model was trained with: not so here.
         # (In a Keras preset the text "<s>" is no token; KerasHub adds two where it is set to.)
@@ -1857,11 +1856,17 @@ class Phi3CausalLMPreprocessor:
         rows = self.tokenizer([texts] if isinstance(texts, str) else texts)
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
         end = [self.tokenizer.end_token_id] if add_end_token else []
+        rows = [ids if once and ids[:1] == start else start + ids for ids in rows]
         token_ids = np.full((len(rows), length), self.tokenizer.pad_token_id, "int32")
         padding_mask = np.zeros(token_ids.shape, bool)
-        for row, text_ids in enumerate(rows):
-            head = [] if once and text_ids[:1] == start else start
-            packed = head + text_ids[: length - len(head) - len(end)] + end
+        lengths = [len(ids) + len(end) for ids in rows]
+        long = 0 if room is None else sum(n > length - room for n in lengths)
+        if long:
+            warnings.warn(f"`max_length`={length} leaves no room for an answer to {long} of "
+                          f"{len(rows)} prompts: the longest has {max(lengths)} tokens, and what "
+                          f"is beyond {length} is cut.", stacklevel=4)
+        for row, ids in enumerate(rows):
+            packed = ids[: length - len(end)] + end
             token_ids[row, : len(packed)] = packed
             padding_mask[row, : len(packed)] = True
         row = 0 if isinstance(texts, str) else slice(None)
@@ -1886,9 +1891,10 @@ class Phi3CausalLMPreprocessor:
         return x, token_ids[..., 1:], padding_mask[..., 1:]
 
     def generate_preprocess(self, x, sequence_length=None):
-        """Return prompts as `__call__` does, but without end token and labels."""
+        """Return prompts as `__call__` does, but without end token and labels; warn of any cut."""
         require_int("sequence_length", sequence_length, optional=True)
-        token_ids, padding_mask = self.pack(x, sequence_length or self.sequence_length, False)
+        length = sequence_length or self.sequence_length
+        token_ids, padding_mask = self.pack(x, length, False, room=0)
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def generate_postprocess(self, x):
@@ -2194,25 +2200,26 @@ class Phi3CausalLM:
     def prepare(self, inputs, max_length):
         """Return `generate`'s inputs as token ids and prompt mask, host arrays [B, max_length]."""
         require_int("max_length", max_length, optional=True)
-        if isinstance(inputs, dict):
+        ids = isinstance(inputs, dict)
+        if ids:
             require(max_length is None, "`max_length` is for strings: a dict has its own length.")
         else:
             require(self.preprocessor is not None,
                     "Strings need a preprocessor, and this model has none: pass a dict.")
-            inputs = [inputs] if isinstance(inputs, str) else inputs
-            inputs = self.preprocessor.generate_preprocess(inputs, max_length)
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            length = max_length or self.preprocessor.sequence_length
+            token_ids, padding_mask = self.preprocessor.pack(texts, length, False, room=1)
+            inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
         token_ids, prompt_mask = check_inputs(inputs, self.backbone.vocabulary_size)
         lengths = prompt_mask.sum(axis=1)
         require(lengths.all() and len(lengths) > 0,
                 f"Every prompt needs at least one token. Received: {lengths.tolist()} tokens.")
         require((prompt_mask[:, 1:] <= prompt_mask[:, :-1]).all(),
                 "`padding_mask` must be ones, for the prompt, then zeros, where there is room.")
-        if lengths.min() == token_ids.shape[1]:
-            warnings.warn(
-                f"The prompt fills all {token_ids.shape[1]} positions: nothing can be generated. "
-                "Raise `max_length`.",
-                stacklevel=3,
-            )
+        full = int((lengths == token_ids.shape[1]).sum())
+        if ids and full:  # of strings, `pack` has said so
+            warnings.warn(f"{full} of {len(lengths)} prompts leave no room for an answer in "
+                          f"`token_ids` of shape {token_ids.shape}.", stacklevel=3)
         return token_ids, prompt_mask
 
     def resolve_stop_tokens(self, stop_token_ids):
@@ -2602,6 +2609,8 @@ class Preset:
         require(self.scheme in ("", "kaggle", "hf"), f"preset {self.name!r}: unknown scheme")
         if not self.scheme and not os.path.isdir(self.handle):
             raise PresetNotFoundError(
+                f"The embedded preset {self.name!r} is not beside phi3_ref.py: copy it from the "
+                f"repository to {location}, or choose another." if self.name != location else
                 f"There is no preset {self.name!r}. A preset is one of {list(Phi3Backbone.presets)}"
                 ", a directory, kaggle://…, hf://organization/name or hf://…@revision."
             )
@@ -3229,6 +3238,11 @@ def main(arguments=None):
         max_length = options.max_length
         if max_length is None:
             max_length = min(causal_lm.backbone.max_sequence_length, 4096)
+        if options.prompt is None:
+            print("Ctrl-D (end of input) ends the chat, Ctrl-C an answer.", file=sys.stderr)
+            if options.preset == parser.get_default("preset"):
+                print('This small model answers "What is 345 + 278?" (0 to 999), "Reverse planet" '
+                      'and "Sort planet" (2 to 8 letters), and nothing else.', file=sys.stderr)
         chat(causal_lm, options.prompt, max_length, options.raw, options.trace)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -3242,39 +3256,58 @@ def chat(causal_lm, prompt, max_length, raw, trace_path):
 
     Answers alone go to standard output, piece by piece. Where the conversation takes more than
     three quarters of `max_length` tokens, its oldest turns are forgotten. With a `trace_path`,
-    each prompt's trace is written there.
+    each prompt's trace is written there. At a terminal, Ctrl-C stops an answer and not the chat.
     """
     tokenizer, messages = causal_lm.preprocessor.tokenizer, []
-    if prompt is None:
-        print("End of input (Ctrl-D) ends the conversation.", file=sys.stderr)
     for line in read_lines() if prompt is None else [prompt]:
         messages.append({"role": "user", "content": line})
-        text = line if raw else tokenizer.apply_chat_template(messages)
-        while not raw and len(messages) > 1 and len(tokenizer(text)) > 0.75 * max_length:
-            del messages[:2]
-            text = tokenizer.apply_chat_template(messages)
-        if trace_path:
-            Trace.record(causal_lm, text, max_length=max_length).save(trace_path)
         answer = ""
-        for piece in causal_lm.stream(text, max_length=max_length):
-            print(piece, end="", flush=True)
-            answer += piece
+        try:
+            text = line if raw else tokenizer.apply_chat_template(messages)
+            while not raw and len(messages) > 1 and len(tokenizer(text)) > 0.75 * max_length:
+                del messages[:2]
+                text = tokenizer.apply_chat_template(messages)
+            if trace_path:
+                Trace.record(causal_lm, text, max_length=max_length).save(trace_path)
+            for piece in causal_lm.stream(text, max_length=max_length):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            if prompt is not None or not sys.stdin.isatty():
+                raise
         print()
         messages.append({"role": "assistant", "content": answer})
+    if prompt is not None and not answer:
+        sys.exit("phi3_ref.py: The answer is empty.")  # and the exit code 1
 
 
 def read_lines():
-    """Yield the lines of standard input, asking for each on standard error."""
+    """Yield the lines of standard input, asking for each; at a terminal, Ctrl-C clears one."""
+    terminal = sys.stdin.isatty()
+    asking = contextlib.redirect_stdout(sys.stderr)  # where standard output takes answers alone
+    if terminal and sys.stdout.isatty():
+        asking = contextlib.nullcontext()
+        with contextlib.suppress(ImportError):  # Windows has none, and needs none
+            import readline  # noqa: F401  from now on `input` edits lines and recalls earlier ones
     while True:
-        print(">>> ", end="", file=sys.stderr, flush=True)
         try:
-            line = sys.stdin.readline()
+            with asking:
+                line = input(">>> ")
         except UnicodeDecodeError as error:
             raise ValueError(f"standard input is not text: {error}") from error
-        if not line:
+        except EOFError:
+            print(file=sys.stderr)
             return
-        yield line.rstrip("\n")
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print(file=sys.stderr)
+        else:
+            yield line
 
 
 if __name__ == "__main__":
+    # One line each and only once, without a line of this file.
+    warnings.simplefilter("once", UserWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"phi3_ref.py: {message}\n"
     main()

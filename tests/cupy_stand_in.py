@@ -18,6 +18,7 @@ import types
 import ml_dtypes
 import numpy as np
 
+__version__ = "14.0.0"
 transfers = []
 recorded = None  # while a stream captures: what the graph is to do
 
@@ -244,5 +245,6 @@ cuda = types.SimpleNamespace(
     runtime=types.SimpleNamespace(
         CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
         getDeviceCount=lambda: 1, memGetInfo=lambda: MEMORY,
+        driverGetVersion=lambda: 13010, runtimeGetVersion=lambda: 13020,
     ),
 )

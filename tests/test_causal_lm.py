@@ -380,3 +380,50 @@ def test_generation_with_room_does_not_warn(pair):
         model.generate(inputs, stop_token_ids=None)
     for name, array in before.items():
         np.testing.assert_array_equal(inputs[name], array)
+
+
+def test_prompts_that_are_cut_are_announced_with_the_numbers(pair):
+    """In a batch, too, where others fit: KerasHub's texts, and one warning, at the call."""
+    theirs, ours = pair
+    texts = ["ab", "Sort planet again and again", "What is 345 + 278?"]
+    lengths = [1 + len(ids) for ids in ours.preprocessor.tokenizer(texts)]
+    room = sorted(lengths)[1]  # fits one, is filled by one, cuts one
+    with pytest.warns(UserWarning) as caught:
+        found = ours.generate(texts, max_length=room)
+    assert found == theirs.generate(texts, max_length=room)
+    message, = caught
+    assert message.filename == __file__
+    for text in (f"`max_length`={room} ", "2 of 3 prompts", f"{max(lengths)} tokens"):
+        assert text in str(message.message)
+    ours.generate(texts, max_length=max(lengths) + 1)  # no warning: it would be an error
+
+
+def test_a_streams_prompt_that_is_cut_is_announced(pair):
+    """Where it begins; nothing comes of it."""
+    _, ours = pair
+    with pytest.warns(UserWarning, match="`=4 .* 1 of 1 prompts: .* 13 tokens") as caught:
+        assert "".join(ours.stream("Sort planet", max_length=4)) == ""
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_training_cuts_as_it_is_told(pair):
+    """`sequence_length` is what every text is cut or padded to: KerasHub's arrays, no warning."""
+    theirs, ours = pair
+    preprocessor = phi3_ref.Phi3CausalLMPreprocessor(
+        ours.preprocessor.tokenizer, add_end_token=True)  # Keras's default
+    x, y, sample_weight = preprocessor("Sort planet", sequence_length=4)
+    expected = theirs.preprocessor("Sort planet", sequence_length=4)
+    np.testing.assert_array_equal(x["token_ids"], expected[0]["token_ids"])
+    np.testing.assert_array_equal(y, expected[1])
+    np.testing.assert_array_equal(sample_weight, expected[2])
+
+
+def test_full_rows_of_token_ids_are_announced(pair_of_ids):
+    """A dict's prompt that leaves no room, in a batch where another does: KerasHub's ids."""
+    theirs, ours = pair_of_ids
+    inputs = batch([1, 2, 3], [4, 5], length=3)
+    with pytest.warns(UserWarning, match="1 of 2 prompts leave no room") as caught:
+        result = ours.generate(inputs, stop_token_ids=None)
+    assert len(caught) == 1
+    expected = theirs.generate(dict(inputs), stop_token_ids=None)
+    np.testing.assert_array_equal(result["token_ids"], expected["token_ids"])

@@ -1,11 +1,18 @@
 """The command line, run as a user runs it, and what importing the module costs."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
 
 import numpy as np
 import pytest
@@ -227,7 +234,7 @@ def test_a_trace_of_a_run(causal_lm, tmp_path):
     assert trace.metadata == expected.metadata and trace.metadata["prompt"] == prompt
     assert phi3_ref.compare(expected, trace, tolerance=0).first is None
     assert list(trace) == list(expected)
-    run(*arguments, "--max-length", "6", "--trace", str(path))  # a prompt that is cut, too
+    run(*arguments, "--max-length", "6", "--trace", str(path), code=1)  # a prompt that is cut, too
     assert phi3_ref.Trace.load(path)["logits"].shape[1] == 6
 
 
@@ -329,3 +336,135 @@ def test_importing_the_module_imports_no_heavy_package():
         "torch tensorflow keras keras_hub transformers tokenizers jinja2 scipy kernels_cuda"
     )
     assert not imported & set(heavy.split())
+
+
+# The chat at a terminal ---------------------------------------------------------------------------
+
+
+class Terminal:
+    """A chat in a pseudo-terminal of its own: keys go in as bytes, what it shows comes out."""
+
+    def __init__(self, *arguments, stdout=None):
+        self.keys, terminal = os.openpty()
+
+        def own_it():  # so that Ctrl-C reaches the chat as a signal
+            os.setsid()
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "phi3_ref.py"), *arguments], stdin=terminal,
+            stdout=stdout or terminal, stderr=terminal, preexec_fn=own_it, cwd="/",
+            env=os.environ | {"TERM": "dumb", "INPUTRC": "/dev/null"})
+        os.close(terminal)
+        self.shown = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.keys)
+
+    def press(self, keys):
+        os.write(self.keys, keys.encode())
+
+    def wait_for(self, pattern):
+        """Read until `pattern` is shown after what was waited for before; return what came."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.shown)):
+            ready, _, _ = select.select([self.keys], [], [], max(0, end - time.monotonic()))
+            assert ready, (pattern, self.shown)
+            self.shown += os.read(self.keys, 4096).decode(errors="replace")
+        came, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return came
+
+    def wait(self):
+        """Wait for its end; return the exit code and what was shown meanwhile."""
+        with contextlib.suppress(OSError):
+            while piece := os.read(self.keys, 4096).decode(errors="replace"):
+                self.shown += piece
+        return self.process.wait(60), self.shown
+
+
+def test_a_chat_at_a_terminal_edits_and_recalls_lines():
+    """Ctrl-A goes to a line's beginning, the arrow brings the last back, Ctrl-D ends it all."""
+    with Terminal() as chat:
+        start = chat.wait_for(">>> ")
+        assert start.count("What is 345 + 278?") == 1 and start.count("\r\n") == 2
+        chat.press("ort dog\x01S\n")
+        chat.wait_for("\\ndgo\r\n>>> ")
+        chat.press("\x1b[A\n")
+        chat.wait_for("Sort dog\r\ndgo\r\n>>> ")
+        chat.press("\x04")
+        code, shown = chat.wait()
+    assert code == 0 and shown.endswith("\n") and "Traceback" not in shown
+
+
+def test_ctrl_c_clears_a_line():
+    """What was typed is gone, and the chat goes on."""
+    with Terminal() as chat:
+        chat.wait_for(">>> ")
+        chat.press("Reverse planet")
+        chat.wait_for("planet")
+        chat.press("\x03")
+        chat.wait_for("\n>>> ")
+        chat.press("Sort dog\n")
+        chat.wait_for("\ndgo\r\n>>> ")
+        chat.press("\x04")
+        assert chat.wait()[0] == 0
+
+
+def test_ctrl_c_stops_an_answer(causal_lm):
+    """Of a model that never ends; what it said is part of the conversation that goes on."""
+    expected = causal_lm.generate(chat_prompt(causal_lm, "Sort dog"), 40, strip_prompt=True)[:5]
+    with Terminal("--preset", causal_lm.directory, "--max-length", "90000") as chat:
+        assert "What is" not in chat.wait_for(">>> ")  # that is for the embedded model
+        for shown in (f"Sort dog\r\n{expected}", "Sort dog\r\n"):
+            chat.press("Sort dog\n")
+            chat.wait_for(re.escape(shown))
+            chat.wait_for("[a-z]")  # it is answering
+            chat.press("\x03")
+            chat.wait_for("\r\n>>> ")
+        chat.press("\x04")
+        code, shown = chat.wait()
+    assert code == 0 and "Traceback" not in shown
+
+
+def test_answers_alone_go_to_a_file(tmp_path):
+    """Asked at a terminal, with standard output elsewhere: prompts stay on the terminal."""
+    with open(tmp_path / "answers", "wb") as answers, Terminal(stdout=answers) as chat:
+        chat.wait_for(">>> ")
+        chat.press("Sort dog\n")
+        chat.wait_for("Sort dog\r\n>>> ")
+        chat.press("\x04")
+        assert chat.wait()[0] == 0
+    assert (tmp_path / "answers").read_text() == "dgo\n"
+
+
+# What does not fit, and what is not there ---------------------------------------------------------
+
+
+def test_a_prompt_that_is_cut_is_a_line_of_its_own(tmp_path):
+    """With the numbers, once, even with a trace; and an answer that is empty is no success."""
+    trace = str(tmp_path / "trace.safetensors")
+    _, stderr = run("Sort planet", "--max-length", "4", "--trace", trace, code=1)
+    lines = stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("phi3_ref.py: ") for line in lines)
+    length = len(phi3_ref.Trace.record(
+        phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en"),
+        phi3_ref.Phi3Tokenizer.from_preset("phi3_tiny_puzzles_en").apply_chat_template(
+            [{"role": "user", "content": "Sort planet"}])).metadata["token_ids"][0])
+    assert "`max_length`=4 " in lines[0] and f"{length} tokens" in lines[0]
+    assert "empty" in lines[1] and "Warning" not in stderr
+
+
+def test_phi3_ref_copied_alone(tmp_path):
+    """It says that the embedded preset is not beside it, and where it should be."""
+    shutil.copy(ROOT / "phi3_ref.py", tmp_path)
+    result = subprocess.run([sys.executable, str(tmp_path / "phi3_ref.py"), "Sort dog"],
+                            capture_output=True, text=True, cwd="/")
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    for text in ("not beside phi3_ref.py", str(tmp_path / "notebooks" / "presets")):
+        assert text in result.stderr

@@ -391,7 +391,9 @@ def test_record_takes_prompts_and_ids():
     two = phi3_ref.Trace.record(causal_lm, ["Sort cab", "Sort"])
     assert two.metadata["padding_mask"] == [[1] * 10, [1] * 6 + [0] * 4]
     assert ref.relative_error(two["logits"][:1], one["logits"]) <= 2e-6
-    cut = phi3_ref.Trace.record(causal_lm, "Sort cab", max_length=4)
+    with pytest.warns(UserWarning, match="10 tokens") as caught:
+        cut = phi3_ref.Trace.record(causal_lm, "Sort cab", max_length=4)
+    assert len(caught) == 1
     assert cut.metadata["token_ids"] == [ids[:4].tolist()]
     with pytest.raises(ValueError, match=r"logit\b"):
         phi3_ref.Trace.record(causal_lm, "Sort cab", "logit")
@@ -638,3 +640,18 @@ def test_empty_arrays_are_equal_and_have_no_numbers():
     comparison = phi3_ref.compare(empty, empty)
     assert comparison.first is None and "logits" in str(comparison) + comparison._repr_html_()
     assert phi3_ref.compare(empty, full).first.name == "logits"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "mixed_float16"])
+def test_a_tap_sees_what_generate_computes(dtype):
+    """With queries and keys so large that q·k leaves float16: the same tokens with a tap."""
+    causal_lm = tiny(dtype=dtype, head_dim=64)
+    for layer in causal_lm.backbone.weights["transformer_layers"]:
+        layer["qkv"][: -2 * 64] *= layer["qkv"].dtype.type(100)  # all but the values'
+    inputs, trace = batch(7, 7, room=12), phi3_ref.Trace()
+    expected = causal_lm.generate(inputs, stop_token_ids=None)["token_ids"]
+    found = causal_lm.generate(inputs, stop_token_ids=None, tap=trace)["token_ids"]
+    np.testing.assert_array_equal(found, expected)
+    assert all(np.isfinite(array).all() for array in trace.values())
+    scores = trace["transformer_layer_0.attention.scores"].astype("float64")
+    assert abs(scores).max() * 64**0.5 > 65_504

@@ -333,3 +333,23 @@ def test_textbook_attention_rounds_its_steps(dtype):
 
     phi3_ref.textbook_attention(*attention_arrays(0, 1, 2, 3, 1, 2, 4, dtype), tap=record)
     assert dtypes == dict.fromkeys(["scores", "probabilities"], ref.NUMPY_DTYPE[dtype])
+
+
+def test_textbook_attention_holds_what_the_fast_attention_holds():
+    """Where q·k exceeds float16's 65,504 and the scaled scores do not: torch's attention."""
+    import torch
+    C = 96
+    query, key, value = attention_arrays(7, 2, 5, 5, 2, 2, C, "float16")
+    query, key = query * np.float16(60), key * np.float16(60)  # q·k to 230,000
+    heads = [np.repeat(array, 2, axis=2) for array in (key, value)]
+    products = np.einsum("bshc,bthc->bhst", query, heads[0], dtype="float64")
+    assert 65_504 < abs(products).max() < 65_504 * C**0.5
+    tensors = [torch.from_numpy(array).transpose(1, 2) for array in (query, *heads)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
+    theirs, seen = theirs.transpose(1, 2).numpy(), []
+    for ours in (phi3_ref.attention(query, key, value),
+                 phi3_ref.textbook_attention(query, key, value),
+                 phi3_ref.attention(query, key, value, tap=lambda _, x: seen.append(x) or x)):
+        assert np.isfinite(ours).all()
+        assert ref.relative_error(ours, theirs) <= ref.TOLERANCE["float16"]
+    assert ref.relative_error(seen[0], products * C**-0.5) <= ref.TOLERANCE["float16"]

@@ -645,6 +645,7 @@ def test_training_arrays(keras, texts, length, override, start, end):
     assert_equal_arrays(ours(texts, sequence_length=override), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`max_length`")  # of what is cut, as it is here
 @settings(max_examples=examples(40))
 @given(
     texts=TEXTS | st.lists(TEXTS, min_size=1, max_size=3), length=st.integers(1, 20),
