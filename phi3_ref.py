@@ -3093,6 +3093,8 @@ def convert_tokenizer(tokenizer, add_start_token):
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
+    set_here = {name for name in TOKENIZER_SETTINGS if getattr(tokenizer, name)}
+    require(not set_here, f"A tokenizer with {sorted(set_here)} cannot be exported.")
     proto = ModelProto.FromString(tokenizer.proto)
     kind, trainer, spaces = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
     phi3s = {"add_dummy_prefix": True, "escape_whitespaces": True,

@@ -384,3 +384,13 @@ def test_without_a_preprocessor(tmp_path):
     phi3_ref.Phi3CausalLM(backbone).export_to_transformers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert phi3_ref.Phi3CausalLM.from_preset(tmp_path).preprocessor is None
+
+
+@pytest.mark.parametrize("setting", [dict(sequence_length=9), dict(add_bos=True),
+                                     dict(add_eos=True)])
+def test_settings_of_a_keras_tokenizer_are_not_lost_silently(setting, tmp_path):
+    """What tokenizer.json of transformers' form would not do is refused by name."""
+    proto = phi3_ref.Phi3Tokenizer.from_preset("phi3_tiny_puzzles_en").proto
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        phi3_ref.Phi3Tokenizer(proto, **setting).export_to_transformers(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
