@@ -408,6 +408,7 @@ def test_ctrl_c_clears_a_line():
         chat.wait_for(">>> ")
         chat.press("Reverse planet")
         chat.wait_for("planet")
+        time.sleep(0.5)  # a signal between two keys of readline's waits for a third, in any Python
         chat.press("\x03")
         chat.wait_for("\n>>> ")
         chat.press("Sort dog\n")
