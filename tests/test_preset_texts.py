@@ -353,6 +353,7 @@ KERAS_SETTINGS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:`max_length`")  # prompts are cut to the length that is set
 # KerasHub leaves the vocabulary's file open.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("alone", [True, False])

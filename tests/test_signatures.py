@@ -15,7 +15,6 @@ CLASSES = {
         "Phi3Backbone", "Phi3Tokenizer", "Phi3CausalLMPreprocessor", "Phi3CausalLM", *SAMPLERS)
 }
 DIRECTORY = "a directory is called one everywhere here"
-SHARDS = "one file: Keras reads it whatever its size"
 FILE = "a preset has one file of a kind"
 LABELS = "they come from the text: KerasHub takes None alone"
 LAYOUT = "Keras's own layout of a table"
@@ -24,12 +23,13 @@ SEED = "by name: the temperature, which KerasHub passes on by name, stands befor
 # Where ours differ, and why. All that is not listed is alike: names, order and defaults. Arguments
 # that only we have come after KerasHub's, and have defaults.
 DIFFERENT = {
-    "Phi3Backbone.save_to_preset": {
-        "preset_dir is directory": DIRECTORY, "no max_shard_size": SHARDS},
+    "Phi3Backbone.save_to_preset": {"preset_dir is directory": DIRECTORY},
+    "Phi3Backbone.export_to_transformers": {"path is directory": DIRECTORY},
     "Phi3Backbone.summary": {f"no {name}": LAYOUT for name in (
         "line_length", "positions", "print_fn", "expand_nested", "show_trainable", "layer_range")},
     "Phi3Tokenizer.from_preset": {"no config_file": FILE},
     "Phi3Tokenizer.save_to_preset": {"preset_dir is directory": DIRECTORY},
+    "Phi3Tokenizer.export_to_transformers": {"path is directory": DIRECTORY},
     "Phi3Tokenizer.tokenize": {"inputs is text": "what it is"},
     "Phi3Tokenizer.__call__": {"inputs is text": "what it is", "no training": "of no effect there"},
     "Phi3Tokenizer.detokenize": {"inputs is token_ids": "what they are"},
@@ -40,8 +40,8 @@ DIFFERENT = {
         "no y": LABELS, "no sample_weight": LABELS, "sequence_length by name": LABELS},
     "Phi3CausalLM.compile": {f"no {name}": TRAINING for name in (
         "optimizer", "loss", "weighted_metrics")},
-    "Phi3CausalLM.save_to_preset": {
-        "preset_dir is directory": DIRECTORY, "no max_shard_size": SHARDS},
+    "Phi3CausalLM.save_to_preset": {"preset_dir is directory": DIRECTORY},
+    "Phi3CausalLM.export_to_transformers": {"path is directory": DIRECTORY},
     "RandomSampler.__init__": {"seed by name": SEED},
     "TopKSampler.__init__": {"seed by name": SEED},
     "TopPSampler.__init__": {"seed by name": SEED},
