@@ -1546,6 +1546,8 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             config |= preset.json("special_tokens_map.json") or {}
         with malformed(self.path):
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            if self.tokenizer.truncation:  # an impossible one is refused, as by transformers
+                self.tokenizer.enable_truncation(**self.tokenizer.truncation)
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
         with malformed(f"{preset.name}/tokenizer_config.json or special_tokens_map.json"):
@@ -1778,10 +1780,12 @@ def malformed(path):
         raise ValueError(f"{path} is malformed: {error!r:.500}") from error
 
 
-def keras_config(name, content):
-    """Return `config` of an object that Keras's JSON describes; {} where there is no object."""
+def keras_config(name, content, class_name):
+    """Return `config` of an object of KerasHub's that JSON describes; {} where there is none."""
     config = {} if content is None else isinstance(content, dict) and content.get("config", {})
     require(isinstance(config, dict), f"{name} has no object `config`")
+    found = (content or {}).get("class_name", class_name)
+    require(found == class_name, f"{name} must describe a {class_name}. Found: {found!r}")
     return config
 
 
@@ -1790,9 +1794,12 @@ def load_tokenizer(preset):
     if preset.format == "keras":
         proto = preset.file("assets/tokenizer/vocabulary.spm")
         file = f"{preset.name}/preprocessor.json"
-        config = keras_config(file, preset.json("preprocessor.json"))
-        own = keras_config(f"{preset.name}/tokenizer.json", preset.json("tokenizer.json"))
-        copy = keras_config(f"{file}'s `tokenizer`", config.get("tokenizer") or {"config": own})
+        config = keras_config(
+            file, preset.json("preprocessor.json"), "Phi3CausalLMPreprocessor")
+        own = keras_config(
+            f"{preset.name}/tokenizer.json", preset.json("tokenizer.json"), "Phi3Tokenizer")
+        copy = keras_config(
+            f"{file}'s `tokenizer`", config.get("tokenizer") or {"config": own}, "Phi3Tokenizer")
         own, copy = ({name: settings[name] for name in TOKENIZER_SETTINGS if settings.get(name)}
                      for settings in (own, copy))
         if own != copy:

@@ -1122,7 +1122,12 @@ def different(causal_lm, before, directory):
             elif vocabulary:
                 processor = sentencepiece.SentencePieceProcessor(
                     model_proto=vocabulary[0].read_bytes())
-                if [processor.encode(text) for text in TEXTS] != tokenization[1]:
+                flags = dict(add_bos=tokenizer.add_bos, add_eos=tokenizer.add_eos)
+                read = [processor.encode(text, **flags) for text in TEXTS]
+                if tokenizer.sequence_length:
+                    read = [(row + [0] * tokenizer.sequence_length)[: tokenizer.sequence_length]
+                            for row in read]
+                if read != tokenization[1]:
                     return Outcome("finding", "tokenizes otherwise than SentencePiece")
         kinds.append("other tokenizer")
     if settings != before[0]:

@@ -3,6 +3,8 @@ stand before and behind a text. Held to transformers, and in Keras's format to K
 """
 
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -393,6 +395,17 @@ def test_a_keras_preprocessors_own_copy_of_the_settings(tmp_path):
         ours = phi3_ref.Phi3CausalLMPreprocessor.from_preset(tmp_path)
     assert len(warned) == 1
     assert ours.tokenizer("The fox") == list(theirs.tokenizer("The fox")) != KERAS("The fox")
+
+
+def test_exchanged_files_of_a_keras_preset_are_named(tmp_path):
+    """A preprocessor's `sequence_length` is not a tokenizer's: each file says what it describes."""
+    source = pathlib.Path(phi3_ref.Phi3Backbone.presets["phi3_tiny_puzzles_en"])
+    shutil.copytree(source, tmp_path / "preset")
+    names = ["tokenizer.json", "preprocessor.json"]
+    for name, other in zip(names, reversed(names), strict=True):
+        shutil.copyfile(source / other, tmp_path / "preset" / name)
+    with pytest.raises(ValueError, match=r"preprocessor\.json must describe a Phi3CausalLMPrepr"):
+        phi3_ref.Phi3Tokenizer.from_preset(tmp_path / "preset")
 
 
 @pytest.mark.parametrize("settings, message", [

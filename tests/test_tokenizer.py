@@ -940,3 +940,14 @@ def test_bad_arguments(tmp_path):
     for length in (0, -1, 1.5, "8", None):
         with pytest.raises(ValueError, match="sequence_length"):
             phi3_ref.Phi3CausalLMPreprocessor(KERAS, sequence_length=length)
+
+
+def test_a_truncation_that_cannot_be_is_refused_as_by_transformers(tmp_path):
+    """Truncation is switched off, but a tokenizer.json with an impossible one is not whole."""
+    write_microsoft(tmp_path)
+    impossible = dict(max_length=0, stride=5, strategy="LongestFirst", direction="Right")
+    edit_json(tmp_path / "tokenizer.json", lambda content: content.update(truncation=impossible))
+    with pytest.raises(ValueError, match="stride"):
+        transformers.AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is malformed.*stride"):
+        phi3_ref.Phi3Tokenizer.from_preset(tmp_path)
