@@ -56,7 +56,8 @@ TOKENIZER = {
     "far": ({"refused"}, f"The tokenizer has|gives two tokens one id|{MALFORMED}"),
     "twice": ({"refused", "equal"}, f"gives two tokens one id|{MALFORMED}"),  # equal: with itself
     "template": ({"refused"}, MALFORMED), "model": ({"refused"}, MALFORMED),
-    "truncation": ({"equal"}, ""), "padding": ({"equal"}, ""), "decoder": ({"other tokenizer"}, ""),
+    "truncation": ({"equal", "refused"}, "stride set to 5"),  # as transformers does
+    "padding": ({"equal"}, ""), "decoder": ({"other tokenizer"}, ""),
     "post_processor": ({"equal", "other settings"}, ""),
     **dict.fromkeys(["fewer", "merges", "regex", "flags", "ids", "normalizer", "pre_tokenizer"], (
         {"equal", "other tokenizer", "refused"}, f"gives two tokens one id|{MALFORMED}")),
