@@ -2954,43 +2954,54 @@ def is_finite(array):
     return True
 
 
+def in_shards(named_arrays, max_shard_size):
+    """Return (name, array) pairs as lists of at most so many GB (2^30 bytes) each; None: as one.
+
+    An array that is larger stands alone.
+    """
+    require(max_shard_size is None or (is_number(max_shard_size) and max_shard_size > 0),
+            f"`max_shard_size` must be None or a positive number. Received: {max_shard_size!r}")
+    shards, filled = [[]], 0
+    for name, array in named_arrays:
+        filled += array.nbytes
+        if shards[-1] and filled > (max_shard_size or math.inf) * 2**30:
+            shards.append([])
+            filled = array.nbytes
+        shards[-1].append((name, array))
+    return shards
+
+
 def write_weights(directory, weights, config, max_shard_size):
     """Write weights to HDF5 files as Keras lays them out: one, or several and their index."""
     import h5py
 
-    require(max_shard_size is None or (is_number(max_shard_size) and max_shard_size > 0),
-            f"`max_shard_size` must be None or a positive number. Received: {max_shard_size!r}")
-    limit = math.inf if max_shard_size is None else max_shard_size * 2**30
-    views, (single, index) = list(keras_variables(weights, config)), WEIGHT_FILES["keras"]
-    total = sum(array.nbytes for _, array in views)
-    number, room, weight_map = -1, 0, {}
-    for name, array in progress(views, "saving"):
-        require(array.nbytes <= limit, f"`max_shard_size` ({max_shard_size}) is less than the "
-                f"{array.nbytes:,} bytes of {name}.")
-        if array.nbytes > room:
-            number, room = number + 1, limit
-        room -= array.nbytes
-        path = directory / (single if total <= limit else f"model_{number:05}.weights.h5")
-        files = weight_map.setdefault("/" + name.rpartition("/")[0], [])
-        files += [path.name] * (path.name not in files)
+    single, index = WEIGHT_FILES["keras"]
+    shards, weight_map = in_shards(keras_variables(weights, config), max_shard_size), {}
+    for number, shard in enumerate(shards):
+        size = sum(array.nbytes for _, array in shard)
+        require(size <= (max_shard_size or math.inf) * 2**30, "`max_shard_size` "
+                f"({max_shard_size}) is less than the {size:,} bytes of {shard[0][0]}.")
+        path = directory / (single if len(shards) == 1 else f"model_{number:05}.weights.h5")
         try:
-            with h5py.File(path, "a") as file:
-                dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
-                if array.dtype == ml_dtypes.bfloat16:
-                    dataset.attrs["dtype"] = "bfloat16"
+            with h5py.File(path, "w") as file:
+                for name, array in progress(shard, "saving"):
+                    dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
+                    if array.dtype == ml_dtypes.bfloat16:
+                        dataset.attrs["dtype"] = "bfloat16"
+                    files = weight_map.setdefault("/" + name.rpartition("/")[0], [])
+                    files += [path.name] * (path.name not in files)
         except RuntimeError as error:  # what h5py raises where a file cannot be closed
             raise OSError(f"{path} cannot be written: {error}") from error
-    if total > limit:
+    if len(shards) > 1:
+        total = sum(array.nbytes for shard in shards for _, array in shard)
         write_json(directory / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def export_model(directory, backbone, causal_lm, max_shard_size):
     """Write a model in Hugging Face's format; `causal_lm` is None for the backbone alone."""
-    require(max_shard_size is None or (is_number(max_shard_size) and max_shard_size > 0),
-            f"`max_shard_size` must be None or a positive number. Received: {max_shard_size!r}")
     config, preprocessor = backbone.config, causal_lm and causal_lm.preprocessor
-    size = math.inf if max_shard_size is None else max_shard_size * 2**30
-    shards = split_weights(huggingface_tensors(backbone.weights, config), size)
+    shards = safetensors_files(in_shards(huggingface_tensors(backbone.weights, config),
+                                         max_shard_size))
     stale = {path.name for path in pathlib.Path(directory).glob("*.safetensors*")} - shards.keys()
     require(not stale, f"{directory} holds other weights, which would be read instead of these, "
             f"or beside them: {sorted(stale)}")
@@ -3013,20 +3024,8 @@ def export_model(directory, backbone, causal_lm, max_shard_size):
             write(temporary / name, content)
 
 
-def split_weights(named_arrays, size):
-    """Return {file name: list of (name, array)} as Hugging Face splits weights, and their index.
-
-    Args:
-        named_arrays: iterable of (name, array).
-        size: number, the bytes that a file may have, unless it holds but one array.
-    """
-    shards, filled = [[]], 0
-    for name, array in named_arrays:
-        filled += array.nbytes
-        if shards[-1] and filled > size:
-            shards.append([])
-            filled = array.nbytes
-        shards[-1].append((name, array))
+def safetensors_files(shards):
+    """Return {file name: list of (name, array)} as Hugging Face names shards, and their index."""
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard
