@@ -2000,12 +2000,15 @@ class GreedySampler(Sampler):
 class RandomSampler(Sampler):
     """Draw from the whole distribution."""
 
+    def __init__(self, seed=None, **kwargs):
+        super().__init__(seed=seed, **kwargs)
+
 
 class TopKSampler(Sampler):
     """Draw from the `k` most probable tokens; https://arxiv.org/abs/1805.04833."""
 
-    def __init__(self, k=5, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, k=5, seed=None, **kwargs):
+        super().__init__(seed=seed, **kwargs)
         require_int("k", k)
         self.k = k
 
@@ -2016,8 +2019,8 @@ class TopPSampler(Sampler):
     Source: https://arxiv.org/abs/1904.09751.
     """
 
-    def __init__(self, p=0.1, k=None, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, p=0.1, k=None, seed=None, **kwargs):
+        super().__init__(seed=seed, **kwargs)
         require(is_number(p) and 0 <= p <= 1, f"`p` must be in [0, 1]. Received: {p!r}")
         require_int("k", k, optional=True)
         self.p, self.k = p, k

@@ -19,7 +19,6 @@ FILE = "a preset has one file of a kind"
 LABELS = "they come from the text: KerasHub takes None alone"
 LAYOUT = "Keras's own layout of a table"
 TRAINING = "the model does not train"
-SEED = "by name: the temperature, which KerasHub passes on by name, stands before it"
 # Where ours differ, and why. All that is not listed is alike: names, order and defaults. Arguments
 # that only we have come after KerasHub's, and have defaults.
 DIFFERENT = {
@@ -42,9 +41,6 @@ DIFFERENT = {
         "optimizer", "loss", "weighted_metrics")},
     "Phi3CausalLM.save_to_preset": {"preset_dir is directory": DIRECTORY},
     "Phi3CausalLM.export_to_transformers": {"path is directory": DIRECTORY},
-    "RandomSampler.__init__": {"seed by name": SEED},
-    "TopKSampler.__init__": {"seed by name": SEED},
-    "TopPSampler.__init__": {"seed by name": SEED},
     "BeamSampler.__init__": {
         "return_all_beams by name": "not there: `generate` returns one text for each prompt"},
 }
