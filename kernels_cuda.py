@@ -844,7 +844,7 @@ def load_cupy():
     """
     packages = [name for name in ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
                 if any(importlib.metadata.distributions(name=name))]
-    remove = f"pip uninstall {' '.join(packages)}"
+    remove = f"pip uninstall {' '.join(packages) or 'cupy'}"
     require(len(packages) < 2, "Each of these packages breaks the other, as both bring CuPy: "
             f"{remove}; then {INSTALL}", ImportError)
     try:
@@ -1116,7 +1116,8 @@ def decode_by_graph(forward, weights, config, token_ids, cache, total):
         forward: phi3_ref's function, whose first arguments follow.
         weights: see `forward`, and so for `config`.
         token_ids: [B, 1], int.
-        cache: KVCache; its `graph` is the last record.
+        cache: KVCache, which also keeps the last record, as `graph`. A record has the weights'
+            addresses: of another tree it is made anew; of other arrays in the same tree it is not.
         total: int, the positions with the new one.
 
     Returns:
@@ -1125,12 +1126,13 @@ def decode_by_graph(forward, weights, config, token_ids, cache, total):
     cache.begin(1)
     slot, room = cache.length - cache.first, cache.arrays.shape[3]
     room = min((slot // SLOTS_PER_GRAPH + 1) * SLOTS_PER_GRAPH, room)
-    record_for = room, cache.first, config.uses_long_factors(total)
+    record_for = room, cache.first, config.uses_long_factors(total), id(weights)
     if getattr(cache, "graph_for", None) != record_for:
         ids, next_position = token_ids.copy(), NextPosition(cache, room)
         step = functools.partial(forward, weights, config, ids, cache=next_position, total=total)
-        cache.graph, cache.graph_for = (capture(step), ids, next_position.slot), record_for
-    graph, ids, slots = cache.graph
+        cache.graph = capture(step), ids, next_position.slot, weights  # which the record reads
+        cache.graph_for = record_for
+    graph, ids, slots, _ = cache.graph
     ids[...] = token_ids
     slots[...] = slot
     hidden_states = graph()

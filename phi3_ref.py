@@ -79,7 +79,8 @@ DTYPE_POLICIES = {
 def get_array_module(array):
     """Return the module, `numpy` or `cupy`, whose functions compute on `array`."""
     cupy = sys.modules.get("cupy")  # whoever holds a CuPy array has imported CuPy
-    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
+    # (In another thread, `import cupy` may be under way: it has no arrays then.)
+    return cupy if isinstance(array, getattr(cupy, "ndarray", ())) else np
 
 
 @functools.lru_cache
@@ -521,6 +522,7 @@ class KVCache:
 
     def begin(self, count):
         """Make room for `count` more positions, if need be, and return them: [count], int."""
+        check_room(self, count)
         stored = self.length - self.first
         if self.window and stored + count > self.arrays.shape[3]:
             kept = min(stored, self.window - 1)  # the next query sees these, and itself
@@ -591,6 +593,7 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
     Source: https://arxiv.org/abs/2404.14219; KerasHub's `Phi3Backbone`.
     """
     S = token_ids.shape[1]
+    check_cache(cache, padding_mask)
     positions = get_array_module(token_ids).arange(S) if cache is None else cache.begin(S)
     length = S if cache is None else cache.length + S
     rotary = config.rotary(positions, config.uses_long_factors(total or length))
@@ -984,6 +987,19 @@ def check_attention(query, key, value, padding_mask, sliding_window):
     require_int("sliding_window", sliding_window, optional=True)
 
 
+def check_cache(cache, padding_mask):
+    """Raise ValueError if `forward` gets a padding mask beside a cache."""
+    require(cache is None or padding_mask is None, "`padding_mask` must be None beside a cache.")
+
+
+def check_room(cache, count):
+    """Raise ValueError unless a KVCache, less what left its window, takes `count` positions."""
+    stored, room = cache.length - cache.first, cache.arrays.shape[3]
+    kept = min(stored, cache.window - 1) if cache.window else stored
+    require(kept + count <= room, f"The cache has room for {room} positions: {kept} are taken, "
+            f"and {count} more came.")
+
+
 def check_inputs(inputs, vocabulary_size):
     """Return a model's inputs as host arrays: token ids [B, S], int64, and padding mask, bool."""
     require(isinstance(inputs, dict) and "token_ids" in inputs,
@@ -1128,6 +1144,11 @@ class Phi3Backbone:
                 weights = random_weights(self.config, weight_seed, self.xp)
         self.weights = weights
 
+    def __setattr__(self, name, value):
+        require(name not in Phi3Config.__dataclass_fields__,
+                f"`{name}` is fixed: build another backbone, with `weights=backbone.weights`.")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name):  # what is no attribute of its own: as `backbone.hidden_dim`
         if name == "config":  # of an instance that is being copied, say, and has none yet
             raise AttributeError(name)
@@ -1266,6 +1287,7 @@ class Phi3Backbone:
                 impossible.
         """
         preset = Preset(preset)
+        require(not (load_weights and "weights" in kwargs), "`weights` needs load_weights=False.")
         nothing_yet = {"weights": {}} if load_weights else {}
         try:
             backbone = cls(**nothing_yet, **{**preset.backbone_config(), "dtype": None, **kwargs})
@@ -1871,7 +1893,7 @@ class Phi3CausalLMPreprocessor:
         if long:
             warnings.warn(f"`max_length`={length} leaves no room for an answer to {long} of "
                           f"{len(rows)} prompts: the longest has {max(lengths)} tokens, and what "
-                          f"is beyond {length} is cut.", stacklevel=4)
+                          f"is beyond {length} is cut.", stacklevel=4 if room else 3)
         for row, ids in enumerate(rows):
             packed = ids[: length - len(end)] + end
             token_ids[row, : len(packed)] = packed
@@ -2436,11 +2458,11 @@ class Trace(dict):
                 trace[name] = np.array(stored[name].read())  # a copy: the file may change
             with safetensors.safe_open(path, framework="numpy") as file:
                 texts = file.metadata() or {}
-        except (safetensors.SafetensorError, TypeError, ValueError) as error:  # damaged; odd dtype
+        except (safetensors.SafetensorError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         for key, text in texts.items():
             trace.metadata[key] = text
-            with contextlib.suppress(ValueError):  # another program's need not be JSON
+            with contextlib.suppress(ValueError, RecursionError):  # another's need not be JSON
                 trace.metadata[key] = json.loads(text)
         return trace
 
@@ -2692,8 +2714,9 @@ class Preset:
         path = self.file(name)
         if path is None:
             return None
+        content = read_small(path)
         try:
-            content = parse_json(read_small(path))
+            content = parse_json(content)
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
             raise ValueError(f"{path} is not JSON: {error}") from error
         require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
@@ -3170,8 +3193,8 @@ def progress(named_arrays, what):
 def staged(directory):
     """Give a temporary directory to write to; at the end its files move to `directory`.
 
-    A directory that did not exist appears at once; in one that did, each file is replaced whole. On
-    failure nothing changes.
+    A directory that did not exist appears at once; in one that did, each file is replaced whole. A
+    failure while they are written changes nothing, one while they move may leave some moved.
     """
     directory = pathlib.Path(directory).resolve()
     there = directory.is_dir()

@@ -213,3 +213,34 @@ def test_a_tap_that_returns_nothing_is_named(call):
                     PROMPT, stop_token_ids=None, tap=tap)}[call]
     with pytest.raises(ValueError, match="tap returned None for 'token_embedding'"):
         function(PROMPT, tap=lambda name, array: None)
+
+
+def test_a_setting_cannot_be_changed_on_the_backbone():
+    """The model computes by its config: an attribute beside it would be ignored silently."""
+    backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=0)
+    for name, value in (("fused", False), ("dropout", 0.1), ("sliding_window", 4)):
+        with pytest.raises(ValueError, match=f"`{name}` is fixed"):
+            setattr(backbone, name, value)
+        assert name not in vars(backbone)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_a_full_cache_and_a_mask_beside_a_cache_are_refused(sliding_window):
+    """One position too many would be broadcast into nothing, and a mask forgotten."""
+    backbone = phi3_ref.Phi3Backbone(**CONFIG, seed=0, sliding_window=sliding_window)
+    cache = phi3_ref.KVCache(backbone.config, 1, 4, chunk=1 if sliding_window else None)
+    ids, room = np.ones((1, 1), int), cache.arrays.shape[3]
+    with pytest.raises(ValueError, match="`padding_mask` must be None"):
+        phi3_ref.forward(backbone.weights, backbone.config, ids, np.ones((1, 1)), cache)
+    for _ in range(room):
+        phi3_ref.forward(backbone.weights, backbone.config, ids, cache=cache)
+    too_many = np.ones((1, 1 if sliding_window is None else room), int)
+    with pytest.raises(ValueError, match=f"room for {room} positions"):
+        phi3_ref.forward(backbone.weights, backbone.config, too_many, cache=cache)
+    assert cache.length == room
+
+
+def test_weights_are_given_or_loaded():
+    """Both at once is an error that says so."""
+    with pytest.raises(ValueError, match="load_weights=False"):
+        phi3_ref.Phi3Backbone.from_preset("phi3_tiny_puzzles_en", weights={})

@@ -468,6 +468,20 @@ def test_decoding_is_a_graph(model, graphs, monkeypatch, kernels):
         assert captured == [collections.Counter(once) + collections.Counter(once)] * graphs
 
 
+def test_a_graph_is_of_its_weights():
+    """New weights in the midst of a text are computed with, as on the host; so is a full cache."""
+    found, token_ids = [], np.random.default_rng(1).integers(3, 60, (1, 8))
+    for causal_lm in map(phi3_ref.Phi3CausalLM, pair()):
+        _, cache = causal_lm.next_logits(token_ids, 6)
+        causal_lm.next_logits(token_ids, 7, cache)
+        causal_lm.backbone.set_weights(random_weights(causal_lm.backbone, seed=9))
+        logits, cache = causal_lm.next_logits(token_ids, 8, cache)
+        found.append(phi3_ref.to_numpy(logits))
+        with pytest.raises(ValueError, match="room for 8 positions"):
+            causal_lm.next_logits(np.ones((1, 9), int), 9, cache)
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("rows, graphs", [(1, 1), (8, 1), (9, 0)])
 def test_more_rows_than_the_kernel_takes(rows, graphs, monkeypatch):
     """A batch of up to 8 is decoded by a graph; of more, by cuBLAS, which none can hold."""

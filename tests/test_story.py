@@ -9,7 +9,8 @@ SOURCE = pathlib.Path(phi3_ref.__file__).read_text(encoding="utf-8")
 STORY = SOURCE[: SOURCE.index("# ==== Here the story ends")]
 # The fast twins stand after the model, and what checks arguments in the appendix: one call each.
 AHEAD = {"functions_for": {"linear", "rms_norm", "attention"}, "Phi3Config": {"check_config"},
-         "rms_norm": {"check_rms_norm"}, "attention": {"check_attention"}}
+         "KVCache": {"check_room"}, "forward": {"check_cache"}, "rms_norm": {"check_rms_norm"},
+         "attention": {"check_attention"}}
 
 
 def test_the_story_is_an_evenings_reading():
