@@ -1,11 +1,12 @@
 """Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
 
-The first part is a story: the whole model, from token ids to logits, as functions on plain arrays,
-most of them a few lines long. Nothing is hidden in a framework, and no file is opened in it. (Raw
-CUDA for three of the functions stands in kernels_cuda.py.) The second part, the appendix, connects
-the model with the world: Keras's and Hugging Face's names and files, tokenizers, text generation,
-instruments to compare it with others, a command line. The model computes what KerasHub's
-`Phi3Backbone` computes. It does not train.
+The first part is a story: the whole model, from token ids to logits and back from the loss to every
+gradient, as functions on plain arrays, most of them a few lines long, each derivative right under
+its function. Nothing is hidden in a framework, and no file is opened in it. (Raw CUDA for three of
+the functions stands in kernels_cuda.py.) The second part, the appendix, connects the model with the
+world: Keras's and Hugging Face's names and files, tokenizers, generation, training on texts,
+instruments to compare it with others, a command line. The model computes, and learns, what
+KerasHub's `Phi3Backbone` does.
 
 Legend. Shape comments use these letters; small s, t and k are a block's share of S, T and K:
 
@@ -25,6 +26,7 @@ angles are in float32 nevertheless, and these results are rounded:
     SwiGLU               silu's result; then the product of gate and intermediate
     residuals, dropout   each result
     weights              in the mixed policies, where they are used
+    gradients            where the forward's result was; those of weights never: they are float32
 
 References:
 
@@ -35,6 +37,7 @@ References:
     attention       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
     GQA             Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
     SwiGLU          Shazeer 2020, https://arxiv.org/abs/2002.05202
+    AdamW           Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101
     KerasHub        https://github.com/keras-team/keras-hub, keras_hub/src/models/phi3
     transformers    https://github.com/huggingface/transformers, src/transformers/models/phi3
 """
@@ -56,7 +59,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
+import types
 import warnings
 
 import ml_dtypes
@@ -257,14 +264,29 @@ def random_weights(config, seed=None, xp=np):
 # ---- The layers, as pure functions ---------------------------------------------------------------
 
 
-# Three functions come in pairs. The textbook's stand here, to be read; their fast twins, which are
+# Four functions come in pairs. The textbook's stand here, to be read; their fast twins, which are
 # computed unless a config says `fused=False`, stand after the model. Arguments are the same, and so
 # are results, but for rounding.
+#
+# Learning asks of every array: if it changed a little, by how much would the loss? The answer is an
+# array of the same shape, its *gradient*. If y = f(x), `f_backward` makes x's gradient of y's, its
+# first argument: the sum over y's elements of (y_i's gradient) * dy_i/dx. From the loss back to the
+# weights, these sums are all of "backpropagation". In the docstrings, x' is the gradient of x.
 
 
 def textbook_linear(x, weight):
     """Apply a dense layer without bias; `x` [..., in], `weight` [out, in] -> [..., out]."""
     return matmul(x, weight.T)
+
+
+def linear_backward(gradient, x, weight):
+    """Return the gradients of `linear`'s x, [..., in], and weight, [out, in].
+
+    Of y_i = sum_j W_ij x_j, x_j has part W_ij in each y_i: x'_j = sum_i y'_i W_ij. And each
+    position n has used the same W_ij, with its own x_j: W'_ij = sum_n y'_ni x_nj.
+    """
+    rows, y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))  # [n, in], [n, out]
+    return matmul(y, weight).reshape(x.shape), upcast(y).T @ upcast(rows)
 
 
 def textbook_rms_norm(x, scale, epsilon):
@@ -287,6 +309,27 @@ def textbook_rms_norm(x, scale, epsilon):
     return normed.astype(x.dtype, copy=False)
 
 
+def rms_norm_backward(gradient, x, scale, epsilon):
+    """Return the gradients of `rms_norm`'s x, like `x`, and scale, [D].
+
+    It was y = scale n, where n = x / r and r = (mean(x^2) + epsilon)^(1/2). So n' = scale y'. Each
+    x_j acts on its own n_j, by 1 / r; and on all n_i through r, by -x_i / r^2 dr/dx_j, where
+    dr/dx_j = x_j / (D r). Together x' = (n' - n mean(n' n)) / r: n' without its part along n, for
+    the norm hides how long x is. And scale' = sum(y' n) over all positions.
+    """
+    wide_x, wide_gradient = upcast(x), upcast(gradient)
+    r = ((wide_x * wide_x).mean(axis=-1, keepdims=True) + epsilon) ** 0.5  # [..., 1]
+    n = wide_x / r
+    y_n = wide_gradient * n
+    scale_gradient = y_n.reshape(-1, len(scale)).sum(axis=0)
+    y_n *= upcast(scale)
+    n *= y_n.mean(axis=-1, keepdims=True)
+    x_gradient = wide_gradient * upcast(scale)
+    x_gradient -= n
+    x_gradient /= r
+    return x_gradient.astype(x.dtype, copy=False), scale_gradient
+
+
 def rotary_embedding(x, cos, sin):
     """Rotate pairs of each head's components by its position's angles (RoPE).
 
@@ -303,6 +346,15 @@ def rotary_embedding(x, cos, sin):
     x1, x2 = x[..., :half], x[..., half : 2 * half]  # [B, S, heads, R / 2]
     turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
     return xp.concatenate([*turned, x[..., 2 * half :]], axis=-1)
+
+
+def rotary_embedding_backward(gradient, cos, sin):
+    """Return the gradient of `rotary_embedding`'s x: the result's, rotated back.
+
+    Of y1 = x1 cos - x2 sin and y2 = x2 cos + x1 sin, x1' = y1' cos + y2' sin, and
+    x2' = y2' cos - y1' sin: the same with -sin. (Su scaling's magnitude multiplies both ways.)
+    """
+    return rotary_embedding(gradient, cos, -sin)
 
 
 def softmax(scores, visible=None):
@@ -325,6 +377,15 @@ def softmax(scores, visible=None):
     exponentials = xp.exp(scores - xp.where(row_max == -math.inf, 0, row_max))
     total = exponentials.sum(axis=-1, keepdims=True)
     return exponentials / xp.where(total == 0, 1, total)
+
+
+def softmax_backward(gradient, probabilities):
+    """Return the gradient of `softmax`'s scores; `gradient` is that of its result, `probabilities`.
+
+    Of p_i = e^(s_i) / sum_j e^(s_j), dp_i/ds_j = p_i ((i == j) - p_j), so that
+    s'_j = p_j (p'_j - sum_i p'_i p_i). Where p_j is 0, for what is not visible, s'_j is.
+    """
+    return probabilities * (gradient - (gradient * probabilities).sum(axis=-1, keepdims=True))
 
 
 def visible_keys(query_positions, key_positions, sliding_window=None, padding_mask=None):
@@ -357,6 +418,24 @@ def no_tap(name, array):
 def prefixed(tap, prefix):
     """Return a tap that calls `tap` with `prefix` and a dot before each name."""
     return tap if tap is no_tap else lambda name, array: tap(f"{prefix}.{name}", array)
+
+
+class Tape(dict):
+    """A tap that keeps every array, itself and where it is: what derivatives need of the forward.
+
+    Args:
+        looking: the tap of who looks at the same time; the tape keeps what that returns.
+        **arrays: what it has from the start.
+    """
+
+    def __init__(self, looking=no_tap, **arrays):
+        super().__init__(arrays)
+        self.looking = looking
+
+    def __call__(self, name, array):
+        """Keep what the looking tap returns for `array`, and return it."""
+        self[name] = array = self.looking(name, array)
+        return array
 
 
 def textbook_attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
@@ -394,6 +473,44 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
     return context.transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
 
 
+def textbook_attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None,
+                                tap=no_tap, probabilities=None):
+    """Return the gradients of attention's query, key and value, each like it.
+
+    It was s = q k^T / C^(1/2), p = softmax(s), context = p v, three functions from above: two of
+    `linear`'s kind, whose derivatives are products again, and `softmax`. No mask is needed: what it
+    hid has p = 0. Keys and values get the sum over the G query heads that read them.
+
+    Args:
+        gradient: [B, S, H, C], that of the result.
+        query, key, value, padding_mask, sliding_window: as for `textbook_attention`.
+        tap: called with the gradients of "probabilities" and "scores", each [B, H, S, T].
+        probabilities: [B, H, S, T], what the forward has tapped; None computes them again.
+    """
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    if probabilities is None:
+        tape = Tape()
+        textbook_attention(query, key, value, padding_mask, sliding_window, tape)
+        probabilities = tape["probabilities"]
+    scale = get_array_module(query).asarray(C**-0.5, query.dtype)
+    # As in the forward, but the group beside its queries, so that products sum over both.
+    query, gradient = (
+        x.reshape(B, S, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
+        for x in (query * scale, gradient))  # [B, K, GS, C]
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)  # [B, K, T, C], [..., C, T]
+    p = probabilities.reshape(B, K, -1, T)  # [B, K, GS, T]
+
+    value_gradient = matmul(p.swapaxes(2, 3), gradient)  # of context = p v; [B, K, T, C]
+    p_gradient = tap("probabilities", matmul(gradient, value).reshape(B, H, S, T))
+    s_gradient = softmax_backward(upcast(p_gradient), upcast(probabilities))
+    s_gradient = tap("scores", s_gradient.astype(query.dtype, copy=False)).reshape(p.shape)
+    query_gradient = matmul(s_gradient, key) * scale  # of s = q k^T; [B, K, GS, C]
+    key_gradient = matmul(s_gradient.swapaxes(2, 3), query)  # [B, K, T, C]
+    query_gradient = query_gradient.reshape(B, K, H // K, S, C).transpose(0, 3, 1, 2, 4)
+    return (query_gradient.reshape(B, S, H, C), key_gradient.transpose(0, 2, 1, 3),
+            value_gradient.transpose(0, 2, 1, 3))
+
+
 def silu(x):
     """Return `x * sigmoid(x)`, rounded once; any shape."""
     wide_x, xp = upcast(x), get_array_module(x)
@@ -404,32 +521,59 @@ def silu(x):
     return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
 
 
-def dropout(x, rate, rng):
+def silu_backward(gradient, x):
+    """Return the gradient of `silu`'s x.
+
+    Of y = x s, where s = 1 / (1 + e^(-x)) and ds/dx = s (1 - s): x' = y' s (1 + x (1 - s)).
+    """
+    wide_x, xp = upcast(x), get_array_module(x)
+    s = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and s
+    with np.errstate(over="ignore"):
+        xp.exp(s, out=s)
+    s += 1
+    xp.divide(1, s, out=s)
+    slope = 1 - s
+    slope *= wide_x
+    slope += 1
+    slope *= s
+    slope *= upcast(gradient)
+    return slope.astype(x.dtype, copy=False)
+
+
+def dropout(x, rate, rng, tap=no_tap):
     """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
     Args:
         x: any shape.
         rate: float in [0, 1).
         rng: a random generator of the module of `x`, in training; None leaves `x` as it is.
+        tap: called with "dropout", bool like `x`, where something is dropped: what is kept.
 
     Returns:
         Like `x`.
     """
     if rng is None or rate == 0:
         return x
-    keep = rng.random(x.shape, dtype=np.float32) >= rate
-    return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
+    return dropout_backward(x, rate, tap("dropout", rng.random(x.shape, dtype=np.float32) >= rate))
+
+
+def dropout_backward(gradient, rate, keep):
+    """Return the gradient of `dropout`'s x: the same zeros, the same factor; None keeps all."""
+    if keep is None:
+        return gradient
+    return (upcast(gradient) * keep / (1 - rate)).astype(gradient.dtype, copy=False)
 
 
 def functions_for(config):
-    """Return `linear`, `rms_norm` and `attention`: the fast ones, or the textbook's."""
+    """Return `linear`, `rms_norm`, `attention`, `attention_backward`: fast, or the textbook's."""
     if config.fused:
-        return linear, rms_norm, attention
-    return textbook_linear, textbook_rms_norm, textbook_attention
+        return linear, rms_norm, attention, attention_backward
+    return textbook_linear, textbook_rms_norm, textbook_attention, textbook_attention_backward
 
 
 # What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
-# last is the layer's result, whose name is the layer's alone; the model taps it.
+# last is the layer's result, whose name is the layer's alone; the model taps it. (Where dropout
+# drops, also "attention.dropout", "attention_output.dropout" and "feedforward_output.dropout".)
 LAYER_TAPS = {
     "pre_attention_layernorm": "BSD", "attention.query": "BSHC", "attention.key": "BSKC",
     "attention.value": "BSKC", "attention.query_rotary": "BSHC", "attention.key_rotary": "BSKC",
@@ -460,7 +604,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
 
     Source: KerasHub's `Phi3Decoder`.
     """
-    linear, rms_norm, attention = functions_for(config)
+    linear, rms_norm, attention, _ = functions_for(config)
     (B, S, _), H, K = x.shape, config.num_query_heads, config.num_key_value_heads
     C, F = config.head_dim, config.intermediate_dim
 
@@ -476,10 +620,14 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     seen = key, value, padding_mask, config.sliding_window  # what attention takes after the query
     if cache is not None:
         seen = cache.append(index, key, value)  # the same, with the keys and values of before
-    context = tap("attention.context", attention(query, *seen, prefixed(tap, "attention")))
-    context = dropout(context, config.dropout, rng).reshape(B, S, H * C)  # KerasHub's: not on p
-    output = tap("attention_output", linear(context, weights["attention_output"]))
-    x = tap("attention_residual", x + dropout(output, config.dropout, rng))
+    # Who looks sees inside of attention; a tape does not, for there it would have to keep S x T.
+    look = prefixed(tap.looking if isinstance(tap, Tape) else tap, "attention")
+    context = tap("attention.context", attention(query, *seen, look))
+    context = dropout(context, config.dropout, rng, prefixed(tap, "attention"))  # as KerasHub's
+    output = linear(context.reshape(B, S, H * C), weights["attention_output"])
+    output = tap("attention_output", output)
+    output = dropout(output, config.dropout, rng, prefixed(tap, "attention_output"))
+    x = tap("attention_residual", x + output)
 
     normed = rms_norm(x, weights["post_attention_layernorm"], config.layer_norm_epsilon)
     normed = tap("post_attention_layernorm", normed)
@@ -489,7 +637,65 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     gated = silu(gate)  # SwiGLU: silu(gate) * intermediate, [B, S, F]
     gated *= intermediate  # in place: the array is silu's own
     output = tap("feedforward_output", linear(gated, weights["feedforward_output"]))
-    return x + dropout(output, config.dropout, rng)
+    return x + dropout(output, config.dropout, rng, prefixed(tap, "feedforward_output"))
+
+
+def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape, tap=no_tap):
+    """Return the gradients of `decoder_layer`'s x, [B, S, D], and of its weights, a dict like them.
+
+    Read it beside the forward, from that one's last line to its first. Where x went two ways, along
+    the residual and through a branch, its gradient is the sum of what comes back.
+
+    Args:
+        gradient: [B, S, D], that of the layer's result.
+        weights, config, rotary, padding_mask: as for the forward.
+        tape: Tape, the forward's tap; and "x", the forward's x.
+        tap: called with the gradients of all of `LAYER_TAPS` but the last, from last to first.
+    """
+    _, _, _, attention_backward = functions_for(config)
+    xp, gradients, rate = get_array_module(gradient), {}, config.dropout
+    (B, S, _), epsilon = gradient.shape, config.layer_norm_epsilon
+
+    output = dropout_backward(gradient, rate, tape.get("feedforward_output.dropout"))
+    output = tap("feedforward_output", output)
+    gate, intermediate = tape["feedforward_gate"], tape["feedforward_intermediate"]
+    activated = silu(gate)
+    gated, gradients["feedforward_output"] = linear_backward(
+        output, activated * intermediate, weights["feedforward_output"])
+    activated *= gated  # of silu(gate) * intermediate: each has the other for its derivative
+    gated *= intermediate
+    intermediate = tap("feedforward_intermediate", activated)
+    gate = tap("feedforward_gate", silu_backward(gated, gate))
+    normed, gradients["feedforward_gate_intermediate"] = linear_backward(
+        xp.concatenate([gate, intermediate], axis=-1), tape["post_attention_layernorm"],
+        weights["feedforward_gate_intermediate"])
+    normed = tap("post_attention_layernorm", normed)
+    branch, gradients["post_attention_layernorm"] = rms_norm_backward(
+        normed, tape["attention_residual"], weights["post_attention_layernorm"], epsilon)
+    gradient = tap("attention_residual", gradient + branch)
+
+    output = dropout_backward(gradient, rate, tape.get("attention_output.dropout"))
+    output = tap("attention_output", output)
+    context, keep = tape["attention.context"], tape.get("attention.dropout")
+    used = dropout_backward(context, rate, keep).reshape(B, S, -1)  # what linear was given
+    used, gradients["attention_output"] = linear_backward(
+        output, used, weights["attention_output"])
+    context = tap("attention.context", dropout_backward(used.reshape(context.shape), rate, keep))
+    query, key, value = attention_backward(
+        context, tape["attention.query_rotary"], tape["attention.key_rotary"],
+        tape["attention.value"], padding_mask, config.sliding_window, prefixed(tap, "attention"),
+        tape.get("attention.probabilities"))
+    key = rotary_embedding_backward(tap("attention.key_rotary", key), *rotary)
+    query = rotary_embedding_backward(tap("attention.query_rotary", query), *rotary)
+    value, key = tap("attention.value", value), tap("attention.key", key)
+    query = tap("attention.query", query)
+    normed, gradients["qkv"] = linear_backward(
+        xp.concatenate([query, key, value], axis=2).reshape(B, S, -1),
+        tape["pre_attention_layernorm"], weights["qkv"])
+    normed = tap("pre_attention_layernorm", normed)
+    branch, gradients["pre_attention_layernorm"] = rms_norm_backward(
+        normed, tape["x"], weights["pre_attention_layernorm"], epsilon)
+    return gradient + branch, {name: gradients[name] for name in weights}
 
 
 # ---- The KV cache --------------------------------------------------------------------------------
@@ -563,14 +769,25 @@ def token_embedding(weights, config, token_ids):
     return cast(weights["token_embedding"][token_ids], config)
 
 
+def token_embedding_backward(gradient, token_ids, vocabulary_size):
+    """Return the gradient of the table, [V, D]: each token's row sums up all its occurrences."""
+    xp, rows = get_array_module(gradient), upcast(gradient).reshape(-1, gradient.shape[-1])
+    order = xp.argsort(token_ids.reshape(-1), kind="stable")  # equal ids side by side, then summed
+    ids = token_ids.reshape(-1)[order]
+    starts = xp.flatnonzero(xp.diff(ids, prepend=-1))
+    table = xp.zeros((vocabulary_size, rows.shape[-1]), rows.dtype)
+    table[ids[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    return table
+
+
 def reverse_embedding(weights, config, hidden_states):
     """Return the logits [B, S, V] of the next token, given hidden states [B, S, D]."""
-    linear, _, _ = functions_for(config)
+    linear, *_ = functions_for(config)
     return linear(hidden_states, cast(weights["reverse_embedding"], config))
 
 
-def forward(weights, config, token_ids, padding_mask=None, cache=None, total=None, rng=None,
-            tap=no_tap):
+def forward(weights, config, token_ids, padding_mask=None, cache=None, total=None, seed=None,
+            tap=no_tap, tapes=None, recompute=False):
     """Compute the hidden states of token ids, all at once or the next ones of a cached sequence.
 
     `reverse_embedding` makes logits of them.
@@ -583,9 +800,12 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
         cache: KVCache or None; the S positions come after those that it holds, and into it.
         total: int, the length of a prompt that comes in several calls, so that all take the same su
             factors; None: the positions so far, these included.
-        rng: see `dropout`.
+        seed: tuple of ints, in training: the same drops the same elements; None drops nothing.
         tap: called with "token_embedding", "transformer_layer_0" and so on, what is inside of each
             layer (see `LAYER_TAPS`), and "sequence_output_layernorm".
+        tapes: None, or a list, to which what `backward` needs is appended: a Tape of each layer.
+        recompute: bool; True keeps only each layer's input on the tapes. `backward` then computes
+            the layer again: a third more work, and the memory of one layer.
 
     Returns:
         [B, S, D], in the compute dtype.
@@ -601,13 +821,200 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
     for i, layer in enumerate(weights["transformer_layers"]):
         layer = {name: cast(weight, config) for name, weight in layer.items()}
         layer_tap = prefixed(tap, f"transformer_layer_{i}")
+        if tapes is not None:
+            tapes.append(Tape(layer_tap, x=x))
+            layer_tap = layer_tap if recompute else tapes[i]
+        rng = layer_rng(token_ids, seed, i)
         x = decoder_layer(x, layer, config, rotary, padding_mask, cache, i, rng, layer_tap)
         x = tap(f"transformer_layer_{i}", x)
     if cache is not None:
         cache.length = length
-    _, rms_norm, _ = functions_for(config)
+    if tapes is not None:
+        tapes.append(Tape(x=x))
+    _, rms_norm, *_ = functions_for(config)
     scale = cast(weights["sequence_output_layernorm"], config)
     return tap("sequence_output_layernorm", rms_norm(x, scale, config.layer_norm_epsilon))
+
+
+def layer_rng(array, seed, i):
+    """Return the random generator of layer i's dropout, on the device of `array`; or None."""
+    return None if seed is None else get_array_module(array).random.default_rng([*seed, i])
+
+
+def backward(gradient, weights, config, token_ids, padding_mask, seed, tapes, tap=no_tap):
+    """Return the gradients of the weights that `forward` used, a tree like theirs.
+
+    Args:
+        gradient: [B, S, D], that of the forward's result.
+        weights, config, token_ids, padding_mask, seed: as for the forward.
+        tapes: what the forward has made of an empty list; each is let go of when it is used.
+        tap: called with the gradient of each array that the forward has tapped, from last to first,
+            under the same name; what it returns is used instead.
+    """
+    xp, S, layers = get_array_module(token_ids), token_ids.shape[1], []
+    rotary = config.rotary(xp.arange(S), config.uses_long_factors(S))
+    gradient, scale = rms_norm_backward(
+        tap("sequence_output_layernorm", gradient), tapes.pop()["x"],
+        cast(weights["sequence_output_layernorm"], config), config.layer_norm_epsilon)
+    for i in reversed(range(config.num_layers)):
+        layer = weights["transformer_layers"][i]
+        layer = {name: cast(weight, config) for name, weight in layer.items()}
+        tape, name = tapes.pop(), f"transformer_layer_{i}"
+        if len(tape) == 1:  # its x alone
+            tape.looking = no_tap
+            decoder_layer(tape["x"], layer, config, rotary, padding_mask,
+                          rng=layer_rng(token_ids, seed, i), tap=tape)
+        gradient, layer = decoder_layer_backward(
+            tap(name, gradient), layer, config, rotary, padding_mask, tape, prefixed(tap, name))
+        layers.insert(0, layer)
+    gradient = tap("token_embedding", gradient)
+    return {"token_embedding": token_embedding_backward(gradient, token_ids,
+                                                        config.vocabulary_size),
+            "transformer_layers": layers, "sequence_output_layernorm": scale}
+
+
+# ---- Learning ------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, labels, sample_weight=None):
+    """Return how badly the labels were foreseen, and the gradient of the logits.
+
+    The loss is sum(w -log p) / N, where p is softmax's probability of the label, w its weight and N
+    the number of labels (not of weights: Keras's choice). Of -log p = log(sum_v e^(l_v)) - l_label,
+    the derivative by l_v is p_v - (v == label): what was foreseen less what came.
+
+    Args:
+        logits: [B, S, V].
+        labels: [B, S], int.
+        sample_weight: [B, S], or None for ones.
+
+    Returns:
+        loss, float32 or float64, without axes; and the gradient, like `logits`.
+
+    Source: Keras's `SparseCategoricalCrossentropy(from_logits=True)`.
+    """
+    xp, N, wide = get_array_module(logits), labels.size, upcast(logits)
+    share = xp.full((N, 1), 1 / N) if sample_weight is None else sample_weight.reshape(N, 1) / N
+    share = share.astype(wide.dtype)  # w / N
+    own = xp.arange(N), labels.reshape(N)  # each position's label
+    x = wide.reshape(N, -1) - wide.reshape(N, -1).max(axis=-1, keepdims=True)  # see `softmax`
+    of_label = x[own]
+    xp.exp(x, out=x)
+    total = x.sum(axis=-1, keepdims=True)  # [N, 1]
+    loss = (share[:, 0] * (xp.log(total[:, 0]) - of_label)).sum()
+    x /= total  # p
+    x[own] -= 1
+    x *= share
+    return loss, x.reshape(logits.shape).astype(logits.dtype, copy=False)
+
+
+def sparse_categorical_accuracy(logits, labels, sample_weight=None):
+    """Return the weighted share of labels [B, S] whose logits [B, S, V] are the largest."""
+    right = logits.argmax(axis=-1) == labels
+    share = right | True if sample_weight is None else sample_weight
+    return (right * share).sum() / get_array_module(logits).maximum(share.sum(), 1e-7)
+
+
+def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, padding_mask=None,
+                       seed=None, recompute=False, tap=no_tap, gradient_tap=no_tap):
+    """Compute the loss of a batch, and how every weight should change it.
+
+    Args:
+        weights, config, token_ids, padding_mask, seed, recompute: as for `forward`.
+        labels: [B, S], int, the token that comes after each position.
+        sample_weight: [B, S], how much each label counts, or None for ones.
+        tap: called with what `forward` taps, and "logits".
+        gradient_tap: called with the gradient of each of these, from last to first.
+
+    Returns:
+        loss and accuracy, without axes; and a tree like `weights`, float32 or float64, in which
+        tied embeddings are one array.
+    """
+    tapes = []
+    hidden_states = forward(weights, config, token_ids, padding_mask, None, None, seed, tap, tapes,
+                            recompute)
+    logits = tap("logits", reverse_embedding(weights, config, hidden_states))
+    accuracy = sparse_categorical_accuracy(logits, labels, sample_weight)
+    loss, gradient = cross_entropy(logits, labels, sample_weight)
+    gradient, projection = linear_backward(
+        gradient_tap("logits", gradient), hidden_states, cast(weights["reverse_embedding"], config))
+    gradients = backward(gradient, weights, config, token_ids, padding_mask, seed, tapes,
+                         gradient_tap)
+    if config.tie_word_embeddings:  # used twice: its gradient is the sum of both
+        gradients["token_embedding"] += projection
+        projection = gradients["token_embedding"]
+    return loss, accuracy, gradients | {"reverse_embedding": projection}
+
+
+def unfused(tree, config):
+    """Return {name: view} of a tree's arrays, as they are thought of: query, key, value, and so on.
+
+    Tied embeddings are in it once.
+    """
+    heads, kv_heads, views = config.num_query_heads, config.num_key_value_heads, {}
+    shares = {"qkv": {"query": heads, "key": kv_heads, "value": kv_heads},
+              "feedforward_gate_intermediate": {"feedforward_gate": 1,
+                                                "feedforward_intermediate": 1}}
+    for name, array in named_weights(tree):
+        layer, _, fused = name.rpartition(".")
+        start, parts = 0, shares.get(fused, {})
+        for part, share in parts.items():
+            stop = start + share * len(array) // sum(parts.values())
+            views[f"{layer}.{part}"] = array[start:stop]
+            start = stop
+        if not parts and not (config.tie_word_embeddings and name == "reverse_embedding"):
+            views[name] = array
+    return views
+
+
+class AdamW:
+    """Adam: each weight steps against its gradient's mean, in units of that gradient's usual size.
+
+    m and v are running means of the gradient g and of g^2, which keep beta_1 and beta_2 of
+    themselves in each step; having begun at zero they are too small, and divided by 1 - beta^step.
+    Then w -= learning_rate (m / (v^(1/2) + epsilon) + weight_decay w). (As Keras has it, epsilon
+    stands beside the v^(1/2) that is still too small.)
+
+    Args:
+        learning_rate: float, or a function of the number of steps that were taken before.
+        weight_decay: float, or None for Adam.
+        beta_1, beta_2, epsilon: floats.
+        clipnorm: float or None; a longer gradient (of one array of `unfused`) is cut to this norm.
+        global_clipnorm: float or None; the same, of all together.
+
+    Source: https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101; Keras's `AdamW`.
+    """
+
+    def __init__(self, learning_rate=0.001, weight_decay=0.004, beta_1=0.9, beta_2=0.999,
+                 epsilon=1e-7, clipnorm=None, global_clipnorm=None):
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+        self.clipnorm, self.global_clipnorm = clipnorm, global_clipnorm
+        self.iterations, self.moments = 0, {}  # steps so far; {name: [m, v]}
+
+    def update(self, weights, gradients):
+        """Take one step: change `weights` in place; both are dicts as `unfused` makes them."""
+        rate = self.learning_rate
+        rate = float(rate(self.iterations) if callable(rate) else rate)
+        self.iterations += 1
+        corrections = [1 - beta**self.iterations for beta in (self.beta_1, self.beta_2)]
+        step = rate * math.sqrt(corrections[1]) / corrections[0]
+        decay = 1 - rate * (self.weight_decay or 0)
+        squares = {name: (g * g).sum() for name, g in gradients.items()} if (
+            self.clipnorm or self.global_clipnorm) else {}
+        for name, weight in weights.items():
+            xp, g = get_array_module(weight), gradients[name]
+            if name not in self.moments:
+                self.moments[name] = [xp.zeros_like(g), xp.zeros_like(g)]
+            if self.clipnorm:
+                g = g * (self.clipnorm / xp.maximum(squares[name] ** 0.5, self.clipnorm))
+            elif self.global_clipnorm:
+                norm = sum(squares.values()) ** 0.5
+                g = g * (self.global_clipnorm / xp.maximum(norm, self.global_clipnorm))
+            m, v = self.moments[name]
+            m += (1 - self.beta_1) * (g - m)
+            v += (1 - self.beta_2) * (g * g - v)
+            weight[...] = upcast(weight) * decay - step * m / (v**0.5 + self.epsilon)
 
 
 # ---- The same, faster ----------------------------------------------------------------------------
@@ -676,11 +1083,26 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
         import kernels_cuda
 
         return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
-    xp = get_array_module(query)
-    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
-    G, block = H // K, 128
-    query = query.reshape(B, S, K, G, C)
-    context = xp.empty((B, S, K, G, C), query.dtype)
+    xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
+    query = query.reshape(B, S, K, -1, C)
+    context = xp.empty_like(query)
+    for b, queries, heads, keys, visible in attention_blocks(query, key, padding_mask,
+                                                             sliding_window):
+        rows = by_head(query[b, queries, heads]) * C**-0.5  # [k, G * s, C]
+        exponentials, total = block_exponentials(rows, by_head(key[b, keys, heads]), visible)
+        sums = exponentials @ by_head(value[b, keys, heads])  # [k, G * s, C]
+        sums /= total  # divided last: [s, C] is less to divide than [s, t]
+        context[b, queries, heads] = sums.reshape(
+            len(sums), -1, len(visible), C).transpose(2, 0, 1, 3)
+    return context.reshape(B, S, H, C)
+
+
+def attention_blocks(query, key, padding_mask, sliding_window):
+    """Yield the blocks of `attention`: b, the slices queries, heads and keys, and visible, [s, t].
+
+    Arguments are `attention`'s, but the query [B, S, K, G, C].
+    """
+    xp, (B, S, K, G, _), T, block = get_array_module(query), query.shape, key.shape[1], 128
     # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): all
     # where few queries or keys meet, one in a long prompt. Sizes may be 0, hence max(1, ...).
     heads = max(1, 2**18 // max(1, G * min(S, block) * T))
@@ -691,24 +1113,60 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
         first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
         positions = xp.arange(first, last)
         mask = None if padding_mask is None else padding_mask[b, first:last]
-        visible = visible_keys(positions[start - stop :], positions, sliding_window, mask)  # [s, t]
-        for first_head in range(0, K, heads):
-            shared = slice(first_head, first_head + heads)  # k of the K key/value heads
-            rows = upcast(query[b, start:stop, shared]) * C**-0.5  # [s, k, G, C]
-            rows = rows.transpose(1, 2, 0, 3).reshape(-1, G * (stop - start), C)  # [k, G * s, C]
-            keys = upcast(key[b, first:last, shared]).transpose(1, 2, 0)  # [k, C, t]
-            values = upcast(value[b, first:last, shared]).transpose(1, 0, 2)  # [k, t, C]
-            # As in `softmax`, but in place, and divided last: [s, C] is less to divide than [s, t].
-            scores = (rows @ keys).reshape(-1, G, *visible.shape)  # [k, G, s, t]
-            xp.copyto(scores, -math.inf, where=~visible)
-            row_max = scores.max(axis=-1, keepdims=True)
-            scores -= xp.where(row_max == -math.inf, 0, row_max)
-            exponentials = xp.exp(scores, out=scores)
-            total = exponentials.sum(axis=-1, keepdims=True)  # [k, G, s, 1]
-            sums = exponentials.reshape(*rows.shape[:2], -1) @ values  # [k, G * s, C]
-            means = sums.reshape(*scores.shape[:3], C) / xp.where(total == 0, 1, total)
-            context[b, start:stop, shared] = means.transpose(2, 0, 1, 3)
-    return context.reshape(B, S, H, C)
+        visible = visible_keys(positions[start - stop :], positions, sliding_window, mask)
+        for head in range(0, K, heads):
+            yield b, slice(start, stop), slice(head, head + heads), slice(first, last), visible
+
+
+def by_head(x):
+    """Return a block's [s, k, G, C], or [t, k, C], as wide rows of each head, [k, G * s, C]."""
+    return get_array_module(x).moveaxis(upcast(x), 0, -2).reshape(x.shape[1], -1, x.shape[-1])
+
+
+def block_exponentials(rows, keys, visible):
+    """Return `softmax`'s exponentials, [k, G * s, t], and their totals: what to divide them by."""
+    xp = get_array_module(rows)
+    scores = rows @ keys.swapaxes(1, 2)
+    by_query = scores.reshape(len(rows), -1, *visible.shape)  # [k, G, s, t], the same memory
+    xp.copyto(by_query, -math.inf, where=~visible)
+    row_max = scores.max(axis=-1, keepdims=True)  # [k, G * s, 1]
+    scores -= xp.where(row_max == -math.inf, 0, row_max)
+    exponentials = xp.exp(scores, out=scores)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    return exponentials, xp.where(total == 0, 1, total)
+
+
+def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None,
+                       tap=no_tap, probabilities=None):
+    """Compute `textbook_attention_backward` block by block, probabilities again with each block.
+
+    So memory grows with T, as in `attention`, and with a tap, or given probabilities, not.
+
+    Source: https://arxiv.org/abs/2205.14135.
+    """
+    check_attention(query, key, value, padding_mask, sliding_window)
+    if tap is not no_tap or probabilities is not None:
+        return textbook_attention_backward(gradient, query, key, value, padding_mask,
+                                           sliding_window, tap, probabilities)
+    xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
+    query, gradient = (x.reshape(B, S, K, -1, C) for x in (query, gradient))
+    query_gradient = xp.empty_like(query)
+    sums = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)  # of keys' and values' gradients
+    for b, queries, heads, keys, visible in attention_blocks(query, key, padding_mask,
+                                                             sliding_window):
+        rows, g = by_head(query[b, queries, heads]) * C**-0.5, by_head(gradient[b, queries, heads])
+        k, v = by_head(key[b, keys, heads]), by_head(value[b, keys, heads])  # [k, t, C]
+        p, total = block_exponentials(rows, k, visible)
+        p /= total
+        sums[1, b, keys, heads] += (p.swapaxes(1, 2) @ g).swapaxes(0, 1)  # [t, k, C]
+        s = g @ v.swapaxes(1, 2)  # p's gradient, [k, G * s, t]; then, in place, that of the scores
+        s -= (s * p).sum(axis=-1, keepdims=True)
+        s *= p
+        sums[0, b, keys, heads] += (s.swapaxes(1, 2) @ rows).swapaxes(0, 1)
+        query_gradient[b, queries, heads] = (s @ k * C**-0.5).reshape(
+            len(s), -1, len(visible), C).transpose(2, 0, 1, 3)
+    return query_gradient.reshape(B, S, H, C), *sums.astype(key.dtype, copy=False)
+
 
 # ==== Here the story ends. What follows connects it with the world. ===============================
 
@@ -1092,9 +1550,9 @@ class Phi3Backbone:
         vocabulary_size, …, rope_scaling_long_factor: see `Phi3Config`.
         dtype: a key of `DTYPE_POLICIES`, a dtype, or Keras's policy; None is "float32".
         name: str.
-        trainable: bool, kept for Keras's sake.
+        trainable: bool; False: `Phi3CausalLM.fit` leaves the weights as they are.
         backend: "numpy" or "cupy", where the weights live and the model computes.
-        seed: int or None, for random weights and dropout.
+        seed: int or None, for random weights, dropout and `fit`'s shuffling.
         weights: a tree as `Phi3Config.build_weights` makes it, to be used as it is; None draws
             random weights.
         fused, …, rope_attention_factor: see `Phi3Config`.
@@ -1137,8 +1595,8 @@ class Phi3Backbone:
             rope_attention_factor=rope_attention_factor,
         )
         self.dtype_policy, self.xp = self.config.dtype, load_backend(backend)
-        weight_seed, dropout_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
-        self.dropout_rng = self.xp.random.default_rng(dropout_seed)
+        weight_seed, self.training_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+        self.calls = itertools.count()  # each drops other elements
         if weights is None:
             with self.memory_for_weights():
                 weights = random_weights(self.config, weight_seed, self.xp)
@@ -1174,8 +1632,9 @@ class Phi3Backbone:
         token_ids, padding_mask = check_inputs(inputs, self.vocabulary_size)
         warn_of_length(self.config, 0, token_ids.shape[1])
         mask = None if padding_mask.all() else self.xp.asarray(padding_mask)
-        return forward(self.weights, self.config, self.xp.asarray(token_ids), mask,
-                       rng=self.dropout_rng if training else None, tap=check_tap(tap))
+        seed = (self.training_seed, 0, next(self.calls)) if training else None
+        return forward(self.weights, self.config, self.xp.asarray(token_ids), mask, seed=seed,
+                       tap=check_tap(tap))
 
     def token_embedding(self, inputs, reverse=False):
         """Look up token ids' vectors, or project hidden states onto the vocabulary.
@@ -2135,20 +2594,27 @@ class Phi3CausalLM:
         """
         export_model(directory, self.backbone, self, max_shard_size)
 
-    def compile(self, sampler="top_k"):
-        """Choose how `generate` picks tokens.
+    def compile(self, optimizer="auto", sampler="top_k", recompute=False):
+        """Choose how `fit` learns, and how `generate` picks tokens.
 
         Args:
+            optimizer: an AdamW, or "auto": a new one, Adam with a learning rate of 2e-5.
             sampler: a key of `SAMPLERS`, or a Sampler.
+            recompute: bool; True learns in the memory of one layer, and in a third more time.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: an argument is nothing of the kind.
         """
         if isinstance(sampler, str) and sampler in SAMPLERS:
             sampler = SAMPLERS[sampler]()
         require(isinstance(sampler, Sampler),
                 f"`sampler` must be one of {list(SAMPLERS)} or a Sampler. Received: {sampler!r}")
-        self.sampler = sampler
+        optimizer = AdamW(2e-5, None) if isinstance(optimizer, str) and optimizer == "auto" else (
+            optimizer)
+        require(isinstance(optimizer, AdamW),
+                f'`optimizer` must be "auto" or an AdamW. Received: {optimizer!r}')
+        require_bool("recompute", recompute)
+        self.optimizer, self.sampler, self.recompute = optimizer, sampler, recompute
 
     def __call__(self, inputs, training=False, tap=None):
         """Return the logits [B, S, V] of a batch; arguments and errors of the backbone's call."""
@@ -2352,21 +2818,298 @@ class Phi3CausalLM:
             index += 1
         return token_ids[::beams]
 
+    def labelled(self, x, y=None, sample_weight=None):
+        """Return a batch, checked: inputs as a dict, labels, and their weights or None."""
+        if y is None:
+            require(self.preprocessor is not None and not isinstance(x, dict),
+                    "Without `y`, `x` must be strings, and the model have a preprocessor.")
+            x, y, sample_weight = self.preprocessor([x] if isinstance(x, str) else list(x))
+        V = self.backbone.vocabulary_size
+        token_ids, padding_mask = check_inputs(x, V)
+        y = to_numpy(y)
+        require(y.shape == token_ids.shape and y.dtype.kind in "iu" and y.size
+                and y.min() >= 0 and y.max() < V,
+                f"`y` must be integers in [0, {V}), of token_ids' shape {token_ids.shape}, not "
+                f"empty. Received: {y.dtype} of shape {y.shape}")
+        if sample_weight is not None:
+            sample_weight = to_numpy(sample_weight)
+            require(sample_weight.shape in (y.shape, y.shape[:1]) and sample_weight.dtype.kind in
+                    "biuf" and np.isfinite(sample_weight).all(),
+                    f"`sample_weight` must be finite numbers of shape {y.shape} or {y.shape[:1]}. "
+                    f"Received: {sample_weight.dtype} of shape {sample_weight.shape}")
+            sample_weight = np.broadcast_to(sample_weight.reshape(len(y), -1), y.shape)
+        return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
+
+    def learn(self, x, y, sample_weight, training, tap=no_tap, gradient_tap=no_tap):
+        """Return loss, accuracy and gradients of a batch that `labelled` returned."""
+        backbone, xp = self.backbone, self.backbone.xp
+        token_ids, padding_mask = x["token_ids"], x["padding_mask"]
+        warn_of_length(backbone.config, 0, token_ids.shape[1])
+        # Dropout goes by the step, so that what is interrupted goes on as if it had not been.
+        seed = (backbone.training_seed, 1, self.optimizer.iterations) if training else None
+        loss, accuracy, gradients = loss_and_gradients(
+            backbone.weights, backbone.config, xp.asarray(token_ids), xp.asarray(y),
+            None if sample_weight is None else xp.asarray(sample_weight, np.float32),
+            None if padding_mask.all() else xp.asarray(padding_mask), seed, self.recompute, tap,
+            gradient_tap)
+        return float(loss), float(accuracy), gradients
+
+    def gradients(self, x, y=None, sample_weight=None, training=True, tap=None, gradient_tap=None):
+        """Return the loss of a batch, and by how much each weight would change it.
+
+        Args:
+            x: B strings, for the preprocessor; or, with `y`, a dict as for the backbone.
+            y: [B, S], int, the labels: at each position, the token that follows.
+            sample_weight: [B, S] or [B], how much each label counts; None is all ones.
+            training: bool; True applies dropout, that of the next training step.
+            tap: see `Phi3Backbone.__call__`; where it changes an array, gradients pass as if not.
+            gradient_tap: called likewise with the gradient of each of the arrays that a tap sees,
+                under the same name, from last to first.
+
+        Returns:
+            The loss, a float: sum(sample_weight * cross entropy) / (B S); and the gradients, a tree
+            of arrays like `backbone.weights`, in float32 (in the "float64" policy, float64).
+
+        Raises:
+            ValueError: an input has the wrong shape, dtype or range.
+        """
+        require(tap is None or not self.recompute,
+                "A tap sees each array once: compile with recompute=False.")
+        batch = self.labelled(x, y, sample_weight)
+        loss, _, gradients = self.learn(*batch, training, check_tap(tap), check_tap(gradient_tap))
+        return loss, gradients
+
+    def train_on_batch(self, x, y=None, sample_weight=None):
+        """Take one step of the optimizer; arguments as for `gradients`, but dropout is applied.
+
+        Returns:
+            [loss, accuracy], floats: of the batch, before the step; accuracy is the share, weighted
+            by `sample_weight`, of labels that the model holds for the most probable.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is infinite or NaN; no weight has changed.
+            ValueError: an input has the wrong shape, dtype or range; the policy is a float16 one.
+        """
+        config, xp = self.backbone.config, self.backbone.xp
+        require(config.compute_dtype != np.float16,
+                f"A {config.dtype} model does not train: float16's smallest number is 6e-8, and "
+                "gradients are smaller. Take mixed_bfloat16 or float32.")
+        batch, weights = self.labelled(x, y, sample_weight), unfused(self.backbone.weights, config)
+        loss, accuracy, gradients = self.learn(*batch, training=True)
+        gradients = unfused(gradients, config)
+        if not math.isfinite(loss):
+            self.find_not_finite(batch, f"the loss is {loss}")
+        for name, g in gradients.items():
+            if not (float(xp.vdot(g, g)) < math.inf or xp.isfinite(g).all()):
+                self.find_not_finite(batch, f"{name}'s gradient is not finite")
+        if not self.backbone.trainable:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            return [loss, accuracy]
+        if config.weight_dtype.itemsize == 2 and not self.optimizer.iterations:
+            warnings.warn("bfloat16 weights have 8 bits: a step smaller than a 256th of a weight "
+                          "is lost. Take mixed_bfloat16.", stacklevel=2)
+        with uninterrupted():
+            self.optimizer.update(weights, gradients)
+        return [loss, accuracy]
+
+    def find_not_finite(self, batch, found):
+        """Compute a step again, and raise FloatingPointError at the first tensor not finite."""
+        xp, found = self.backbone.xp, f"Step {self.optimizer.iterations}: {found}"
+
+        def look(name, array, suffix=""):
+            if not xp.isfinite(upcast(array)).all():
+                raise FloatingPointError(f"{found}; the first tensor that is not finite is "
+                                         f"{name}{suffix}. The weights are as they were before.")
+            return array
+
+        for name, array in named_weights(self.backbone.weights):
+            look(name, array, ".weight")
+        recompute, self.recompute = self.recompute, False
+        try:
+            self.learn(*batch, True, look, functools.partial(look, suffix=".gradient"))
+        finally:
+            self.recompute = recompute
+        raise FloatingPointError(f"{found}. The weights are as they were before.")
+
+    def fit(self, x, y=None, sample_weight=None, batch_size=32, epochs=1, steps_per_epoch=None,
+            shuffle=True):
+        """Learn from examples, batch by batch, epoch by epoch; a progress bar says how well.
+
+        Args:
+            x: list of strings; or, with `y`, a dict as for the backbone, of all examples; or
+                batches, each a list of strings or a tuple (x, y) or (x, y, sample_weight), from any
+                iterable: an iterator goes on in the next epoch, anything else begins again.
+            y: see `gradients`, and so for `sample_weight`.
+            batch_size: int, examples in a step; the last of an epoch may have fewer.
+            epochs: int, how often to go through all.
+            steps_per_epoch: int, the most steps in an epoch; None is no limit.
+            shuffle: bool, take strings or arrays in an order that follows from the backbone's seed
+                and the number of steps so far.
+
+        Returns:
+            An object with `history`: {"loss": [...], "sparse_categorical_accuracy": [...]}, each
+            epoch's means over its examples and over its labels.
+
+        Raises:
+            FloatingPointError, ValueError: see `train_on_batch`.
+            KeyboardInterrupt: by Ctrl-C, between two steps; the model is as the last one left it.
+        """
+        for name, value in (("batch_size", batch_size), ("epochs", epochs)):
+            require_int(name, value)
+        require_int("steps_per_epoch", steps_per_epoch, optional=True)
+        history = {"loss": [], "sparse_categorical_accuracy": []}
+        for epoch in range(epochs):
+            order = np.random.default_rng([self.backbone.training_seed, self.optimizer.iterations])
+            batches = self.batches(x, y, sample_weight, batch_size, order if shuffle else None)
+            what, steps = f"epoch {epoch + 1}/{epochs}", self.optimizer.iterations
+            try:
+                means = self.run(self.train_on_batch, batches, steps_per_epoch, what)
+            except KeyboardInterrupt:
+                print(f"fit: interrupted in {what}, after {self.optimizer.iterations - steps} of "
+                      "its steps; the model is as the last of them left it.", file=sys.stderr)
+                raise
+            for name, mean in zip(history, means, strict=True):
+                history[name].append(mean)
+        return types.SimpleNamespace(history=history)
+
+    def evaluate(self, x, y=None, sample_weight=None, batch_size=32):
+        """Return [loss, accuracy], means over examples as for `fit`, which nothing changes."""
+        def test_on_batch(x, y, sample_weight):
+            logits, xp = self(x), self.backbone.xp
+            y = xp.asarray(y)
+            if sample_weight is not None:
+                sample_weight = xp.asarray(sample_weight, np.float32)
+            loss, _ = cross_entropy(logits, y, sample_weight)
+            return float(loss), float(sparse_categorical_accuracy(logits, y, sample_weight))
+
+        require_int("batch_size", batch_size)
+        batches = self.batches(x, y, sample_weight, batch_size)
+        return self.run(test_on_batch, batches, None, "evaluate")
+
+    def batches(self, x, y, sample_weight, batch_size, rng=None):
+        """Return the number of batches, or None, and an iterable of them, as `labelled` has them.
+
+        `rng`, a random generator, shuffles strings and arrays.
+        """
+        strings = not isinstance(x, dict) and y is None and hasattr(x, "__len__") and all(
+            isinstance(text, str) for text in x)
+        if not strings and y is None:
+            return None, (self.labelled(*(batch if isinstance(batch, tuple) else (batch,)))
+                          for batch in x)
+        if not strings:
+            x, y, sample_weight = self.labelled(x, y, sample_weight)
+        count = len(x) if strings else len(y)
+        require(count, "There is nothing to learn from.")
+        order = np.arange(count) if rng is None else rng.permutation(count)
+
+        def cut():
+            for start in range(0, count, batch_size):
+                rows = order[start : start + batch_size]
+                if strings:
+                    yield self.labelled([x[row] for row in rows])
+                else:
+                    yield ({name: array[rows] for name, array in x.items()}, y[rows],
+                           None if sample_weight is None else sample_weight[rows])
+
+        return -(-count // batch_size), cut()
+
+    def run(self, step, batches, most, what):
+        """Call `step` for each batch, at `most` so many; return the means of loss and accuracy."""
+        from tqdm import tqdm
+
+        total, batches = batches
+        total = min(total or most, most or total) if total or most else None
+        sums, tokens, start = np.zeros(4), 0, time.perf_counter()
+        with tqdm(total=total, desc=what, unit="step", delay=1) as bar:
+            for batch in itertools.islice(batches, most):
+                (_, y, sample_weight) = batch
+                loss, accuracy = step(*batch)
+                counted = y.size if sample_weight is None else float(sample_weight.sum())
+                sums += len(y) * loss, len(y), counted * accuracy, counted
+                tokens += y.size
+                means = [float(sums[0] / sums[1]), float(sums[2] / max(sums[3], 1e-7))]
+                bar.set_postfix_str(f"loss {means[0]:.4g}, accuracy {means[1]:.4f}, "
+                                    f"{tokens / (time.perf_counter() - start):,.0f} tokens/s",
+                                    refresh=False)
+                bar.update()
+        require(sums[1], "There is nothing to learn from.")
+        if most and total and bar.n < most:
+            warnings.warn(f"The data ended after {bar.n} of {most} steps.", stacklevel=3)
+        return means
+
+    def save_optimizer(self, path):
+        """Write the optimizer's state, steps and moments, to a safetensors file; or OSError.
+
+        With the weights (`save_to_preset`) and the backbone's seed, training goes on from there bit
+        for bit; the settings (learning rate and so on) are `compile`'s.
+        """
+        arrays = [("iterations", np.array(float(self.optimizer.iterations)))]
+        for name, moments in self.optimizer.moments.items():
+            arrays += zip((f"{name}.momentum", f"{name}.velocity"), moments, strict=True)
+        path = pathlib.Path(path)
+        with staged(path.parent) as temporary:
+            write_safetensors(temporary / path.name, arrays)
+
+    def load_optimizer(self, path):
+        """Take up the state that `save_optimizer` wrote; ValueError if it is of another model."""
+        stored, xp, moments = open_safetensors(path, None), self.backbone.xp, {}
+        weights = unfused(self.backbone.weights, self.backbone.config)
+        names = [f"{name}.{kind}" for name in weights for kind in ("momentum", "velocity")]
+        require(set(stored) in ({"iterations"}, {"iterations", *names}),
+                f"{path} has other tensors than this model's: "
+                f"{sorted(set(stored) ^ {'iterations', *names})[:4]} …")
+        for name, weight in weights.items() if len(stored) > 1 else ():
+            moments[name] = [xp.asarray(stored[f"{name}.{kind}"].read())
+                             for kind in ("momentum", "velocity")]
+            require(all(moment.shape == weight.shape for moment in moments[name]),
+                    f"{path}: {name}'s moments must be {weight.shape}. "
+                    f"Received: {[moment.shape for moment in moments[name]]}")
+        self.optimizer.iterations = int(stored["iterations"].read())
+        self.optimizer.moments = moments
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold back Ctrl-C until what is under way is complete."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    signals = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: signals.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if signals:
+            before(*signals[0])
+
 
 # ---- Instruments: traces and comparison ----------------------------------------------------------
 
 
 # The largest errors, relative to the reference's largest value, of correct models of three layers.
 TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
+GRADIENT_TOLERANCES = {"float64": 1e-11, "float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 def execution_order(name):
-    """Return a key that sorts names as the model computes them, unknown ones at the end."""
-    pattern = r"(?s)(?:transformer_layer_(\d+)\.?)?(.*?)(?:@(\d+))?"
-    layer, stage, forward_pass = re.fullmatch(pattern, name).groups()
+    """Return a key that sorts names as the model computes them, unknown ones at the end.
+
+    First the arrays of the forward pass, then, from last to first, their gradients, each followed
+    by that of the weight to which it leads.
+    """
+    stem, _, forward_pass = name.partition("@")
+    stem, back = stem.removesuffix(".gradient"), stem.endswith(".gradient")
+    weight, stem = back and stem.endswith(".weight"), stem.removesuffix(".weight" if back else "")
+    layer, stage = re.fullmatch(r"(?s)(?:transformer_layer_(\d+)\.?)?(.*)", stem).groups()
+    if weight:
+        stage = {"qkv": "attention.query", "feedforward_gate_intermediate": "feedforward_gate",
+                 "reverse_embedding": "logits"}.get(stage, stage)
     stages = ["token_embedding", *LAYER_TAPS, "sequence_output_layernorm", "logits"]
     place = stages.index(stage) if stage in stages else len(stages)
-    return int(forward_pass or 0), int(layer) if layer else math.inf if place else -1, place
+    layer = int(layer) if layer else math.inf if place else -1
+    order = (-layer, -place) if back and place < len(stages) else (layer, place)
+    return int(forward_pass) if forward_pass.isdigit() else 0, back, *order, weight
 
 
 class Trace(dict):
@@ -2407,8 +3150,12 @@ class Trace(dict):
         return array
 
     @classmethod
-    def record(cls, causal_lm, inputs, names="*", dtype=None, max_length=None):
+    def record(cls, causal_lm, inputs, names="*", dtype=None, max_length=None, y=None,
+               sample_weight=None):
         """Record one forward pass; configuration and inputs go into the metadata.
+
+        With labels, the backward pass, too: each array's gradient as "<its name>.gradient", and
+        each weight's as "<its name>.weight.gradient", rounded to the dtype of the computation.
 
         Args:
             causal_lm: Phi3CausalLM.
@@ -2416,6 +3163,8 @@ class Trace(dict):
                 dict as for `Phi3Backbone.__call__`.
             names: see `Trace`, and so for `dtype`.
             max_length: int; None is the preprocessor's `sequence_length`.
+            y: None, labels [B, S], or "next": the token that follows, where one does.
+            sample_weight: see `Phi3CausalLM.gradients`.
         """
         trace, backbone = cls(names, dtype), causal_lm.backbone
         trace.metadata = {"config": backbone.get_config()}
@@ -2429,7 +3178,21 @@ class Trace(dict):
         token_ids, padding_mask = check_inputs(inputs, backbone.vocabulary_size)
         trace.metadata["token_ids"] = token_ids.tolist()
         trace.metadata["padding_mask"] = padding_mask.astype(int).tolist()
-        causal_lm(inputs, tap=trace)
+        if isinstance(y, str) and y == "next":
+            y, follows = np.roll(token_ids, -1, axis=1), np.roll(padding_mask, -1, axis=1)
+            follows[:, -1] = False
+            sample_weight = (padding_mask & follows).astype(np.float32)
+        if y is None:
+            causal_lm(inputs, tap=trace)
+        else:
+            loss, gradients = causal_lm.gradients(
+                inputs, y, sample_weight, training=False, tap=trace,
+                gradient_tap=lambda name, array: trace(f"{name}.gradient", array))
+            for name, array in named_weights(gradients):
+                trace(f"{name}.weight.gradient", cast(array, backbone.config))
+            trace.metadata |= {"loss": loss, "y": np.asarray(y).tolist()}
+            if sample_weight is not None:
+                trace.metadata["sample_weight"] = np.asarray(sample_weight, float).tolist()
         require(trace, f"No name matches {names!r}.")
         return trace
 
@@ -2533,7 +3296,7 @@ def compare(reference, other, mapping=None, tolerance=None):
         mapping: None, or {name in the reference: name in the other, or (name, function)}, where
             `function` brings the other's array into the reference's layout.
         tolerance: float, the largest error relative to the reference's largest absolute value;
-            None is that of `TOLERANCES` for the less precise of the two dtypes.
+            None is that of `TOLERANCES`, or `GRADIENT_TOLERANCES`, for the less precise dtype.
 
     Returns:
         Comparison. Of each tensor in both: the largest absolute error; the same relative to the
@@ -2567,7 +3330,9 @@ def compare_arrays(name, reference, other, tolerance):
     """Return the Row of one tensor; see `compare`."""
     dtypes = [array.dtype.name for array in (reference, other)]
     dtype = max((name if name in TOLERANCES else "float64" for name in dtypes), key=TOLERANCES.get)
-    tolerance, shape = TOLERANCES[dtype] if tolerance is None else tolerance, reference.shape
+    if tolerance is None:
+        tolerance = (GRADIENT_TOLERANCES if ".gradient" in name else TOLERANCES)[dtype]
+    shape = reference.shape
     if shape != other.shape or 0 in shape:
         shapes, same = (list(shape), list(other.shape)), shape == other.shape
         return Row(name, shape, dtype, *[math.nan] * 4, tolerance, same, None, shapes)
@@ -3249,12 +4014,15 @@ def main(arguments=None):
     add("--summary", action="store_true", help="print the model's weights and exit")
     add("--trace", metavar="FILE", help="write every named intermediate of the forward pass over "
         "the prompt (in a chat: the last one) to this safetensors file")
+    add("--gradients", action="store_true", help="with --trace: and their gradients, of the loss "
+        "in foreseeing each next token of the prompt")
     add("--compare", nargs=2, metavar=("REFERENCE", "OTHER"), help="compare two such files, print "
         "where they part, and exit: with 0 within tolerance, else with 1")
     add("--tolerance", type=float, help="for --compare: largest error, relative to the reference's "
         "largest value (default: by dtype)")
     options = parser.parse_args(arguments)
     try:
+        require(options.trace or not options.gradients, "--gradients needs --trace")
         if options.compare:
             comparison = compare(*options.compare, tolerance=options.tolerance)
             print(comparison)
@@ -3268,7 +4036,7 @@ def main(arguments=None):
             options.preset, dtype=options.dtype, backend=options.backend
         )
         require(causal_lm.preprocessor, f"preset {options.preset!r} has no tokenizer to ask with")
-        causal_lm.compile(sampler)
+        causal_lm.compile(sampler=sampler)
         max_length = options.max_length
         if max_length is None:
             max_length = min(causal_lm.backbone.max_sequence_length, 4096)
@@ -3277,7 +4045,8 @@ def main(arguments=None):
             if options.preset == parser.get_default("preset"):
                 print('This small model answers "What is 345 + 278?" (0 to 999), "Reverse planet" '
                       'and "Sort planet" (2 to 8 letters), and nothing else.', file=sys.stderr)
-        chat(causal_lm, options.prompt, max_length, options.raw, options.trace)
+        chat(causal_lm, options.prompt, max_length, options.raw, options.trace,
+             "next" if options.gradients else None)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)  # as a shell reports an interrupt
@@ -3285,12 +4054,13 @@ def main(arguments=None):
         parser.exit(2, f"phi3_ref.py: {error}\n")
 
 
-def chat(causal_lm, prompt, max_length, raw, trace_path):
+def chat(causal_lm, prompt, max_length, raw, trace_path, labels):
     """Answer `prompt`, or if it is None each line of standard input as one conversation.
 
     Answers alone go to standard output, piece by piece. Where the conversation takes more than
     three quarters of `max_length` tokens, its oldest turns are forgotten. With a `trace_path`,
-    each prompt's trace is written there. At a terminal, Ctrl-C stops an answer and not the chat.
+    each prompt's trace is written there; with `labels`, gradients, too: see `Trace.record`. At a
+    terminal, Ctrl-C stops an answer and not the chat.
     """
     tokenizer, messages = causal_lm.preprocessor.tokenizer, []
     for line in read_lines() if prompt is None else [prompt]:
@@ -3302,7 +4072,7 @@ def chat(causal_lm, prompt, max_length, raw, trace_path):
                 del messages[:2]
                 text = tokenizer.apply_chat_template(messages)
             if trace_path:
-                Trace.record(causal_lm, text, max_length=max_length).save(trace_path)
+                Trace.record(causal_lm, text, max_length=max_length, y=labels).save(trace_path)
             for piece in causal_lm.stream(text, max_length=max_length):
                 print(piece, end="", flush=True)
                 answer += piece

@@ -1030,7 +1030,7 @@ def contents(causal_lm):
     """(settings, weights, tokenization) of a loaded model, each comparable with ==."""
     backbone = causal_lm.backbone
     settings = {name: value for name, value in (vars(backbone) | vars(backbone.config)).items()
-                if name not in ("config", "xp", "weights", "dropout_rng")}
+                if name not in ("config", "xp", "weights", "calls")}
     arrays = {name: (str(array.dtype), array.shape, array.tobytes())
               for name, array in phi3_ref.huggingface_tensors(backbone.weights, backbone.config)}
     preprocessor = causal_lm.preprocessor
