@@ -44,6 +44,7 @@ References:
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -107,6 +108,33 @@ def matmul(a, b):
     NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one.
     """
     return (upcast(a) @ upcast(b)).astype(a.dtype, copy=False)
+
+
+THREADS = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+
+def in_pieces(function):
+    """Let `function` compute a few rows [n] of its arrays [..., n] at a time, on all cores.
+
+    What it makes on the way then stays in cache: to touch fresh memory costs as much as most
+    arithmetic. It must treat each element alone. Few elements, and a GPU, get all at once.
+    """
+    @functools.wraps(function)
+    def whole(*arrays):
+        shape = arrays[-1].shape
+        if get_array_module(arrays[-1]) is not np or arrays[-1].size < 2**17:
+            return function(*arrays)
+        arrays = [array.reshape(-1, shape[-1]) for array in arrays]
+        result, count = np.empty(arrays[-1].shape, arrays[-1].dtype), max(1, 2**16 // shape[-1])
+
+        def piece(start):
+            rows = slice(start, start + count)
+            result[rows] = function(*(array[rows] for array in arrays))
+
+        list(THREADS.map(piece, range(0, len(result), count)))
+        return result.reshape(shape)
+
+    return whole
 
 
 # ---- The configuration ---------------------------------------------------------------------------
@@ -235,32 +263,6 @@ class Phi3Config:
         return tree | {"reverse_embedding": reverse}
 
 
-def named_weights(weights):
-    """Yield (name, array) of a tree of weights, under the names that `build_weights` gives."""
-    for name, value in weights.items():
-        if name == "transformer_layers":
-            for i, layer in enumerate(value):
-                for part, array in layer.items():
-                    yield f"transformer_layer_{i}.{part}", array
-        else:
-            yield name, value
-
-
-def random_weights(config, seed=None, xp=np):
-    """Return a tree of random weights, distributed as KerasHub's: norms are ones."""
-    rng = np.random.default_rng(seed)
-    xp.empty(config.count_params(), config.weight_dtype)  # too large a model fails here, at once
-
-    def make(name, shape):
-        if len(shape) == 1:
-            return xp.ones(shape, config.weight_dtype)
-        stddev = np.float32(0.01 if name.endswith("embedding") else 0.02)
-        normal = rng.standard_normal(shape, np.float32) * stddev
-        return xp.asarray(normal.astype(config.weight_dtype, copy=False))
-
-    return config.build_weights(make)
-
-
 # ---- The layers, as pure functions ---------------------------------------------------------------
 
 
@@ -319,14 +321,9 @@ def rms_norm_backward(gradient, x, scale, epsilon):
     """
     wide_x, wide_gradient = upcast(x), upcast(gradient)
     r = ((wide_x * wide_x).mean(axis=-1, keepdims=True) + epsilon) ** 0.5  # [..., 1]
-    n = wide_x / r
-    y_n = wide_gradient * n
-    scale_gradient = y_n.reshape(-1, len(scale)).sum(axis=0)
-    y_n *= upcast(scale)
-    n *= y_n.mean(axis=-1, keepdims=True)
-    x_gradient = wide_gradient * upcast(scale)
-    x_gradient -= n
-    x_gradient /= r
+    n, n_gradient = wide_x / r, wide_gradient * upcast(scale)
+    x_gradient = (n_gradient - n * (n_gradient * n).mean(axis=-1, keepdims=True)) / r
+    scale_gradient = (wide_gradient * n).reshape(-1, len(scale)).sum(axis=0)
     return x_gradient.astype(x.dtype, copy=False), scale_gradient
 
 
@@ -511,33 +508,24 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
             value_gradient.transpose(0, 2, 1, 3))
 
 
+@in_pieces
 def silu(x):
-    """Return `x * sigmoid(x)`, rounded once; any shape."""
+    """Return `x * sigmoid(x)`, rounded once; [..., n]."""
     wide_x, xp = upcast(x), get_array_module(x)
-    y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
     with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
-        xp.exp(y, out=y)
-    y += 1
-    return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
+        return (wide_x / (1 + xp.exp(-wide_x))).astype(x.dtype, copy=False)
 
 
+@in_pieces
 def silu_backward(gradient, x):
     """Return the gradient of `silu`'s x.
 
     Of y = x s, where s = 1 / (1 + e^(-x)) and ds/dx = s (1 - s): x' = y' s (1 + x (1 - s)).
     """
     wide_x, xp = upcast(x), get_array_module(x)
-    s = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and s
     with np.errstate(over="ignore"):
-        xp.exp(s, out=s)
-    s += 1
-    xp.divide(1, s, out=s)
-    slope = 1 - s
-    slope *= wide_x
-    slope += 1
-    slope *= s
-    slope *= upcast(gradient)
-    return slope.astype(x.dtype, copy=False)
+        s = 1 / (1 + xp.exp(-wide_x))
+    return (upcast(gradient) * s * (1 + wide_x * (1 - s))).astype(x.dtype, copy=False)
 
 
 def dropout(x, rate, rng, tap=no_tap):
@@ -946,27 +934,6 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
     return loss, accuracy, gradients | {"reverse_embedding": projection}
 
 
-def unfused(tree, config):
-    """Return {name: view} of a tree's arrays, as they are thought of: query, key, value, and so on.
-
-    Tied embeddings are in it once.
-    """
-    heads, kv_heads, views = config.num_query_heads, config.num_key_value_heads, {}
-    shares = {"qkv": {"query": heads, "key": kv_heads, "value": kv_heads},
-              "feedforward_gate_intermediate": {"feedforward_gate": 1,
-                                                "feedforward_intermediate": 1}}
-    for name, array in named_weights(tree):
-        layer, _, fused = name.rpartition(".")
-        start, parts = 0, shares.get(fused, {})
-        for part, share in parts.items():
-            stop = start + share * len(array) // sum(parts.values())
-            views[f"{layer}.{part}"] = array[start:stop]
-            start = stop
-        if not parts and not (config.tie_word_embeddings and name == "reverse_embedding"):
-            views[name] = array
-    return views
-
-
 class AdamW:
     """Adam: each weight steps against its gradient's mean, in units of that gradient's usual size.
 
@@ -1086,50 +1053,57 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query = query.reshape(B, S, K, -1, C)
     context = xp.empty_like(query)
-    for b, queries, heads, keys, visible in attention_blocks(query, key, padding_mask,
-                                                             sliding_window):
-        rows = by_head(query[b, queries, heads]) * C**-0.5  # [k, G * s, C]
-        exponentials, total = block_exponentials(rows, by_head(key[b, keys, heads]), visible)
-        sums = exponentials @ by_head(value[b, keys, heads])  # [k, G * s, C]
-        sums /= total  # divided last: [s, C] is less to divide than [s, t]
-        context[b, queries, heads] = sums.reshape(
-            len(sums), -1, len(visible), C).transpose(2, 0, 1, 3)
+    for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
+        rows = by_head(query[queries]) * C**-0.5  # [b, k, Gs, C]
+        exponentials, total = block_exponentials(rows, by_head(key[keys]), visible)
+        sums = exponentials @ by_head(value[keys])
+        sums /= total  # divided last: [Gs, C] is less to divide than [Gs, t]
+        put_by_head(context[queries], sums)
     return context.reshape(B, S, H, C)
 
 
 def attention_blocks(query, key, padding_mask, sliding_window):
-    """Yield the blocks of `attention`: b, the slices queries, heads and keys, and visible, [s, t].
-
-    Arguments are `attention`'s, but the query [B, S, K, G, C].
+    """Yield pairs of blocks that meet in `attention`: where in the query, where in the keys, and
+    visible: [s, t] or [b, 1, 1, s, t]. Arguments are `attention`'s, but the query [B, S, K, G, C].
     """
-    xp, (B, S, K, G, _), T, block = get_array_module(query), query.shape, key.shape[1], 128
-    # As many key/value heads at once as keep their scores in cache (2^18 of float32 are 1 MiB): all
-    # where few queries or keys meet, one in a long prompt. Sizes may be 0, hence max(1, ...).
+    xp, (B, S, K, G, _), T = get_array_module(query), query.shape, key.shape[1]
+    # As much at once as keeps its scores in cache (2^18 of float32 are 1 MiB): of a long prompt one
+    # head, of short ones many, or where few queries or keys meet. Sizes may be 0, hence max(1, …).
+    block = 128
     heads = max(1, 2**18 // max(1, G * min(S, block) * T))
-    for b, start in itertools.product(range(B), range(0, S, block)):
-        stop = min(start + block, S)
+    batch = max(1, heads // K)
+    for row, start in itertools.product(range(0, B, batch), range(0, S, block)):
+        rows, stop = slice(row, row + batch), min(start + block, S)
         # The block's keys are those at t = last - first positions, its queries the last s of them.
         last = T - S + stop
         first = max(0, T - S + start - sliding_window + 1) if sliding_window else 0
         positions = xp.arange(first, last)
-        mask = None if padding_mask is None else padding_mask[b, first:last]
+        mask = None if padding_mask is None else padding_mask[rows, None, None, first:last]
         visible = visible_keys(positions[start - stop :], positions, sliding_window, mask)
         for head in range(0, K, heads):
-            yield b, slice(start, stop), slice(head, head + heads), slice(first, last), visible
+            shared = slice(head, head + heads)  # k of the K key/value heads
+            yield (rows, slice(start, stop), shared), (rows, slice(first, last), shared), visible
 
 
-def by_head(x):
-    """Return a block's [s, k, G, C], or [t, k, C], as wide rows of each head, [k, G * s, C]."""
-    return get_array_module(x).moveaxis(upcast(x), 0, -2).reshape(x.shape[1], -1, x.shape[-1])
+def by_head(block):
+    """Return a block [b, s, k, G, C], or [b, t, k, C], as wide rows of each head, [b, k, Gs, C]."""
+    rows = get_array_module(block).moveaxis(upcast(block), 1, -2)  # [b, k, G, s, C]
+    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+
+
+def put_by_head(block, rows):
+    """Write rows [b, k, Gs, C] into a block [b, s, k, G, C]."""
+    b, s, k, G, C = block.shape
+    block[...] = rows.reshape(b, k, G, s, C).transpose(0, 3, 1, 2, 4)
 
 
 def block_exponentials(rows, keys, visible):
-    """Return `softmax`'s exponentials, [k, G * s, t], and their totals: what to divide them by."""
+    """Return `softmax`'s exponentials, [b, k, Gs, t], and their totals: what to divide them by."""
     xp = get_array_module(rows)
-    scores = rows @ keys.swapaxes(1, 2)
-    by_query = scores.reshape(len(rows), -1, *visible.shape)  # [k, G, s, t], the same memory
+    scores = rows @ keys.swapaxes(2, 3)
+    by_query = scores.reshape(*rows.shape[:2], -1, *visible.shape[-2:])  # [b, k, G, s, t], a view
     xp.copyto(by_query, -math.inf, where=~visible)
-    row_max = scores.max(axis=-1, keepdims=True)  # [k, G * s, 1]
+    row_max = scores.max(axis=-1, keepdims=True)  # [b, k, Gs, 1]
     scores -= xp.where(row_max == -math.inf, 0, row_max)
     exponentials = xp.exp(scores, out=scores)
     total = exponentials.sum(axis=-1, keepdims=True)
@@ -1151,26 +1125,36 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query, gradient = (x.reshape(B, S, K, -1, C) for x in (query, gradient))
     query_gradient = xp.empty_like(query)
-    sums = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)  # of keys' and values' gradients
-    for b, queries, heads, keys, visible in attention_blocks(query, key, padding_mask,
-                                                             sliding_window):
-        rows, g = by_head(query[b, queries, heads]) * C**-0.5, by_head(gradient[b, queries, heads])
-        k, v = by_head(key[b, keys, heads]), by_head(value[b, keys, heads])  # [k, t, C]
+    key_gradient, value_gradient = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)
+    for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
+        rows, g = by_head(query[queries]) * C**-0.5, by_head(gradient[queries])  # [b, k, Gs, C]
+        k, v = by_head(key[keys]), by_head(value[keys])  # [b, k, t, C]
         p, total = block_exponentials(rows, k, visible)
         p /= total
-        sums[1, b, keys, heads] += (p.swapaxes(1, 2) @ g).swapaxes(0, 1)  # [t, k, C]
-        s = g @ v.swapaxes(1, 2)  # p's gradient, [k, G * s, t]; then, in place, that of the scores
+        value_gradient[keys] += (p.swapaxes(2, 3) @ g).swapaxes(1, 2)
+        s = g @ v.swapaxes(2, 3)  # p's gradient, [b, k, Gs, t]; then, in place, that of the scores
         s -= (s * p).sum(axis=-1, keepdims=True)
         s *= p
-        sums[0, b, keys, heads] += (s.swapaxes(1, 2) @ rows).swapaxes(0, 1)
-        query_gradient[b, queries, heads] = (s @ k * C**-0.5).reshape(
-            len(s), -1, len(visible), C).transpose(2, 0, 1, 3)
-    return query_gradient.reshape(B, S, H, C), *sums.astype(key.dtype, copy=False)
+        key_gradient[keys] += (s.swapaxes(2, 3) @ rows).swapaxes(1, 2)
+        put_by_head(query_gradient[queries], s @ k * C**-0.5)
+    return (query_gradient.reshape(B, S, H, C), key_gradient.astype(key.dtype, copy=False),
+            value_gradient.astype(value.dtype, copy=False))
 
 
 # ==== Here the story ends. What follows connects it with the world. ===============================
 
 # ---- Names and layouts ---------------------------------------------------------------------------
+
+
+def named_weights(weights):
+    """Yield (name, array) of a tree of weights, under the names that `build_weights` gives."""
+    for name, value in weights.items():
+        if name == "transformer_layers":
+            for i, layer in enumerate(value):
+                for part, array in layer.items():
+                    yield f"transformer_layer_{i}.{part}", array
+        else:
+            yield name, value
 
 
 def keras_variables(weights, config):
@@ -1202,6 +1186,27 @@ def keras_variables(weights, config):
         yield f"{path}/feedforward_gate_dense/vars/0", gate.T
         yield f"{path}/feedforward_output_dense/vars/0", layer["feedforward_output"].T
     yield "layers/phi3_layer_norm/vars/0", weights["sequence_output_layernorm"]
+
+
+def unfused(tree, config):
+    """Return {name: view} of a tree's arrays, as they are thought of: query, key, value, and so on.
+
+    Tied embeddings are in it once.
+    """
+    heads, kv_heads, views = config.num_query_heads, config.num_key_value_heads, {}
+    shares = {"qkv": {"query": heads, "key": kv_heads, "value": kv_heads},
+              "feedforward_gate_intermediate": {"feedforward_gate": 1,
+                                                "feedforward_intermediate": 1}}
+    for name, array in named_weights(tree):
+        layer, _, fused = name.rpartition(".")
+        start, parts = 0, shares.get(fused, {})
+        for part, share in parts.items():
+            stop = start + share * len(array) // sum(parts.values())
+            views[f"{layer}.{part}"] = array[start:stop]
+            start = stop
+        if not parts and not (config.tie_word_embeddings and name == "reverse_embedding"):
+            views[name] = array
+    return views
 
 
 HUGGINGFACE_NAMES = {  # of the tree's names; {} is a layer's index
@@ -1495,6 +1500,17 @@ def check_tap(tap):
     return checked
 
 
+def check_optimizer(optimizer):
+    """Raise ValueError unless an AdamW's settings are possible."""
+    for name, value in vars(optimizer).items():
+        none = value is None and name in ("weight_decay", "clipnorm", "global_clipnorm")
+        number = is_number(value) and value >= 0 and (value < 1 or not name.startswith("beta"))
+        require(name in ("iterations", "moments") or none or number
+                or (name == "learning_rate" and callable(value)),
+                f"AdamW's `{name}` must be a number, 0 or more (a beta: less than 1). "
+                f"Received: {value!r}")
+
+
 def warn_of_length(config, start, end):
     """Warn once, when the positions [start, end) leave those that the model is made for."""
     if start <= config.max_sequence_length < end:
@@ -1539,6 +1555,21 @@ def dtype_policy_name(dtype):
 
 
 # ---- The backbone --------------------------------------------------------------------------------
+
+
+def random_weights(config, seed=None, xp=np):
+    """Return a tree of random weights, distributed as KerasHub's: norms are ones."""
+    rng = np.random.default_rng(seed)
+    xp.empty(config.count_params(), config.weight_dtype)  # too large a model fails here, at once
+
+    def make(name, shape):
+        if len(shape) == 1:
+            return xp.ones(shape, config.weight_dtype)
+        stddev = np.float32(0.01 if name.endswith("embedding") else 0.02)
+        normal = rng.standard_normal(shape, np.float32) * stddev
+        return xp.asarray(normal.astype(config.weight_dtype, copy=False))
+
+    return config.build_weights(make)
 
 
 class Phi3Backbone:
@@ -2609,10 +2640,11 @@ class Phi3CausalLM:
             sampler = SAMPLERS[sampler]()
         require(isinstance(sampler, Sampler),
                 f"`sampler` must be one of {list(SAMPLERS)} or a Sampler. Received: {sampler!r}")
-        optimizer = AdamW(2e-5, None) if isinstance(optimizer, str) and optimizer == "auto" else (
-            optimizer)
+        if isinstance(optimizer, str) and optimizer == "auto":
+            optimizer = AdamW(2e-5, None)
         require(isinstance(optimizer, AdamW),
                 f'`optimizer` must be "auto" or an AdamW. Received: {optimizer!r}')
+        check_optimizer(optimizer)
         require_bool("recompute", recompute)
         self.optimizer, self.sampler, self.recompute = optimizer, sampler, recompute
 
@@ -2897,11 +2929,8 @@ class Phi3CausalLM:
         batch, weights = self.labelled(x, y, sample_weight), unfused(self.backbone.weights, config)
         loss, accuracy, gradients = self.learn(*batch, training=True)
         gradients = unfused(gradients, config)
-        if not math.isfinite(loss):
-            self.find_not_finite(batch, f"the loss is {loss}")
-        for name, g in gradients.items():
-            if not (float(xp.vdot(g, g)) < math.inf or xp.isfinite(g).all()):
-                self.find_not_finite(batch, f"{name}'s gradient is not finite")
+        if not math.isfinite(loss + float(sum(xp.vdot(g, g) for g in gradients.values()))):
+            self.find_not_finite(batch, loss)
         if not self.backbone.trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return [loss, accuracy]
@@ -2912,24 +2941,31 @@ class Phi3CausalLM:
             self.optimizer.update(weights, gradients)
         return [loss, accuracy]
 
-    def find_not_finite(self, batch, found):
+    def find_not_finite(self, batch, loss):
         """Compute a step again, and raise FloatingPointError at the first tensor not finite."""
-        xp, found = self.backbone.xp, f"Step {self.optimizer.iterations}: {found}"
+        xp = self.backbone.xp
 
-        def look(name, array, suffix=""):
+        def look(name, array):
             if not xp.isfinite(upcast(array)).all():
-                raise FloatingPointError(f"{found}; the first tensor that is not finite is "
-                                         f"{name}{suffix}. The weights are as they were before.")
+                raise FloatingPointError(
+                    f"Step {self.optimizer.iterations}: the loss is {loss:.4g}; the first tensor "
+                    f"that is not finite is {name}. The weights are as they were before.")
+            return array
+
+        def look_back(name, array):
+            look(f"{name}.gradient", array)
             return array
 
         for name, array in named_weights(self.backbone.weights):
-            look(name, array, ".weight")
+            look(f"{name}.weight", array)
         recompute, self.recompute = self.recompute, False
         try:
-            self.learn(*batch, True, look, functools.partial(look, suffix=".gradient"))
+            _, _, gradients = self.learn(*batch, True, look, look_back)
         finally:
             self.recompute = recompute
-        raise FloatingPointError(f"{found}. The weights are as they were before.")
+        look("the loss", xp.asarray(loss))
+        for name, array in named_weights(gradients):
+            look(f"{name}.weight.gradient", array)
 
     def fit(self, x, y=None, sample_weight=None, batch_size=32, epochs=1, steps_per_epoch=None,
             shuffle=True):
@@ -2991,21 +3027,20 @@ class Phi3CausalLM:
 
         `rng`, a random generator, shuffles strings and arrays.
         """
-        strings = not isinstance(x, dict) and y is None and hasattr(x, "__len__") and all(
-            isinstance(text, str) for text in x)
-        if not strings and y is None:
+        x = [x] if isinstance(x, str) else x
+        strings = isinstance(x, (list, tuple, np.ndarray)) and all(isinstance(t, str) for t in x)
+        if y is None and not strings and not isinstance(x, dict):
             return None, (self.labelled(*(batch if isinstance(batch, tuple) else (batch,)))
                           for batch in x)
-        if not strings:
+        if y is not None or not strings:
             x, y, sample_weight = self.labelled(x, y, sample_weight)
-        count = len(x) if strings else len(y)
-        require(count, "There is nothing to learn from.")
+        count = len(x) if y is None else len(y)
         order = np.arange(count) if rng is None else rng.permutation(count)
 
         def cut():
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
-                if strings:
+                if y is None:
                     yield self.labelled([x[row] for row in rows])
                 else:
                     yield ({name: array[rows] for name, array in x.items()}, y[rows],
@@ -3018,12 +3053,12 @@ class Phi3CausalLM:
         from tqdm import tqdm
 
         total, batches = batches
-        total = min(total or most, most or total) if total or most else None
+        total = min((n for n in (total, most) if n is not None), default=None)
         sums, tokens, start = np.zeros(4), 0, time.perf_counter()
         with tqdm(total=total, desc=what, unit="step", delay=1) as bar:
             for batch in itertools.islice(batches, most):
-                (_, y, sample_weight) = batch
                 loss, accuracy = step(*batch)
+                _, y, sample_weight = batch
                 counted = y.size if sample_weight is None else float(sample_weight.sum())
                 sums += len(y) * loss, len(y), counted * accuracy, counted
                 tokens += y.size
@@ -3080,7 +3115,7 @@ def uninterrupted():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if signals:
+        if signals and callable(before):
             before(*signals[0])
 
 
