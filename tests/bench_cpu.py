@@ -1,9 +1,11 @@
 """Times the model on the CPU: `python tests/bench_cpu.py`, `--quick` for less, `--full` for more.
 
+`--only training`, say, measures one group of lines.
+
 Prints one markdown table: what was measured, our time, the same work done by others, the limit and
 the target. Limits are measured in the same run: the bare matrix products of the same shapes
-through NumPy's `@`, or a plain read of the files. Every peer's logits are compared with ours, with
-equal weights in a small model, before it is timed (not with `--quick`).
+through NumPy's `@`, or a plain read of the files. Every peer's logits, gradients or losses are
+compared with ours, with equal weights in a small model, before it is timed (not with `--quick`).
 
 How it is timed. Every program is a process of its own, this script with `--worker`. They take
 turns, one repetition at a time, so that a drift of the machine hits all alike, and sleep in
@@ -14,7 +16,9 @@ What the products are. A layer's four: query-key-value, attention's output, gate
 feed-forward output; and the logits of each prompt's last position, as generation needs them.
 Prefill adds attention's two, per head in blocks of 128 queries with the keys up to the block's last
 one. Decode is one `W @ x` per weight, without attention. Weights are tried as [out, in] and as
-[in, out]: the faster is the limit.
+[in, out]: the faster is the limit. A training step has three of each: the forward's, that of the
+input's gradient and that of the weight's; attention's two become six; and logits are of all
+positions.
 """
 
 import argparse
@@ -43,15 +47,19 @@ PHI3_MINI = dict(vocabulary_size=32064, num_layers=32, hidden_dim=3072, intermed
                  max_sequence_length=1 << 17, pretraining_sequence_length=1 << 17)
 SMALL = dict(vocabulary_size=101, num_layers=3, hidden_dim=96, intermediate_dim=160,
              num_query_heads=6, num_key_value_heads=3)  # to check the peers with
+TINY = dict(vocabulary_size=312, num_layers=4, hidden_dim=128, intermediate_dim=384,
+            num_query_heads=4, num_key_value_heads=2)  # the embedded preset
 WHOLE = dict(layers=4, prompt=512, rounds=5, repeats=3, long=(4096, 8192, 16384),
-             stored_layers=4)
-QUICK = dict(layers=1, prompt=256, rounds=3, repeats=1, long=(512, 2048), stored_layers=1)
+             stored_layers=4, learning_layers=2, learned=(1024, 2048, 4096))
+QUICK = dict(layers=1, prompt=256, rounds=3, repeats=1, long=(512, 2048), stored_layers=1,
+             learning_layers=1, learned=(512, 1024))
 NEW = 4  # tokens decoded in each repetition
 BATCH = 8  # prompts in a batch, which have the tokens of the single prompt
 PEERS = {"KerasHub JAX": ("keras", dict(backend="jax")),
          "KerasHub TensorFlow": ("keras", dict(backend="tensorflow")),
          "KerasHub torch": ("keras", dict(backend="torch")),
          "transformers": ("transformers", dict(dtype="float32"))}
+GROUPS = ["speed", "long", "loading", "tiny", "training"]  # of lines
 GB = 1e9
 failures = []
 
@@ -87,6 +95,24 @@ def memory_in(file, name):
 
 def peak_memory():
     return memory_in("/proc/self/status", "VmHWM")
+
+
+def clear_peak():
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+
+def measured(step, before, parameters):
+    """Returns the seconds of a training step, and its peak beyond weights and gradients in bytes.
+
+    `step` computes gradients, of `parameters` float32, which go when its result does; `before` is
+    the memory in use without them.
+    """
+    clear_peak()
+    start = time.perf_counter()
+    gradients = step()
+    seconds = time.perf_counter() - start
+    del gradients
+    return seconds, peak_memory() - before - 4 * parameters
 
 
 def random_model(config, dtype):
@@ -126,8 +152,21 @@ def worker_ours(config, dtype):
             times.append(time.perf_counter())
         return list(np.diff(times))
 
+    def gradients(S, recompute=False):
+        causal_lm.compile(recompute=recompute)
+        before = resting_memory()
+        ids, labels = random_tokens(config, 1, S), random_tokens(config, 1, S)
+        return measured(lambda: causal_lm.gradients({"token_ids": ids}, labels), before,
+                        parameters(config))
+
+    @functools.cache
+    def resting_memory():
+        """Returns the memory in use between steps, once a first one has loaded what they need."""
+        causal_lm.gradients({"token_ids": np.ones((1, 1), int)}, np.ones((1, 1), int))
+        return memory_in("/proc/self/status", "VmRSS")
+
     return {"run": lambda B, S: time_generate(causal_lm, random_tokens(config, B, S), NEW),
-            "ragged": ragged}
+            "ragged": ragged, "gradients": gradients}
 
 
 def worker_long(config):
@@ -145,7 +184,7 @@ def worker_long(config):
 
     def run(S):
         seconds.clear()
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        clear_peak()
         total = sum(time_generate(causal_lm, random_tokens(config, 1, S), 0))
         assert seconds and not len(seconds) % config["num_layers"], "attention is not all timed"
         cache = config["num_layers"] * 2 * (S + 1) * config["hidden_dim"] * 4
@@ -192,6 +231,114 @@ def worker_products(config):
         return linear(rows, 1, True) * S / rows, attention(S, heads=2)
 
     return {"run": run, "long": long}
+
+
+def worker_training_products(config):
+    """The limit of a training step: three products per weight, six of attention's."""
+    D, F, V = config["hidden_dim"], config["intermediate_dim"], config["vocabulary_size"]
+    H, K, L = config["num_query_heads"], config["num_key_value_heads"], config["num_layers"]
+    C, G = D // H, H // K
+    layer = [((H + 2 * K) * C, D), (D, D), (2 * F, D), (D, F)]
+    weights = list(map(random_array, layer * L + [(V, D)]))
+
+    def linear(rows, out_in):
+        """Returns seconds; [in, out] is the same memory, read otherwise."""
+        arrays = {n: random_array((rows, n)) for weight in weights for n in weight.shape}
+        seconds = 0.0
+        for weight in weights:
+            x, y = arrays[weight.shape[1]], arrays[weight.shape[0]]
+            w = weight if out_in else weight.reshape(weight.shape[::-1]).T
+            start = time.perf_counter()
+            _ = x @ w.T
+            _ = y @ w
+            _ = y.T @ x if out_in else x.T @ y
+            seconds += time.perf_counter() - start
+        return seconds
+
+    def attention(B, S):
+        """Returns the seconds of all layers, measured on one: causal blocks that stay in cache."""
+        (query, gradient), (key, value) = (random_array((2, B * K, n, C)) for n in (S * G, S))
+        heads, seconds = max(1, 2**18 // (G * min(S, 128) * S)), 0.0
+        for first in range(0, S, 128):
+            last = min(first + 128, S)
+            for head in range(0, B * K, heads):
+                some, rows = slice(head, head + heads), slice(first * G, last * G)
+                q, g = query[some, rows], gradient[some, rows]  # [k, G * s, C]
+                k, v = key[some, :last], value[some, :last]  # [k, t, C]
+                start = time.perf_counter()
+                scores = q @ k.swapaxes(1, 2)
+                _ = scores @ v
+                slopes = g @ v.swapaxes(1, 2)
+                _ = scores.swapaxes(1, 2) @ g
+                _ = slopes.swapaxes(1, 2) @ q
+                _ = slopes @ k
+                seconds += time.perf_counter() - start
+        return L * seconds
+
+    def run(B, S):
+        """Returns the seconds of both layouts."""
+        attended = attention(B, S)
+        return [linear(B * S, out_in) + attended for out_in in (True, False)]
+
+    return {"run": run}
+
+
+def random_batch(config, B, S):
+    """Returns inputs, labels and label weights; a third of the labels counts."""
+    ids, labels = random_tokens(config, B, S), random_tokens(config, B, S)
+    weight = np.random.default_rng().random((B, S)) < 1 / 3
+    inputs = {"token_ids": ids.astype("int32"), "padding_mask": np.ones(ids.shape, "int32")}
+    return inputs, labels.astype("int32"), weight.astype("float32")
+
+
+LEARNING = dict(learning_rate=1e-3, weight_decay=0.1, beta_1=0.9, beta_2=0.98)  # AdamW's
+
+
+def timed_step(model, batch):
+    start = time.perf_counter()
+    loss, _ = model.train_on_batch(*batch)
+    seconds = time.perf_counter() - start
+    assert np.isfinite(loss)
+    return seconds
+
+
+def worker_ours_training(config):
+    """Training steps of a small model, AdamW included."""
+    import phi3_ref
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**config, seed=0))
+    causal_lm.compile(phi3_ref.AdamW(**LEARNING))
+    return {"run": lambda B, S: timed_step(causal_lm, random_batch(config, B, S))}
+
+
+def worker_keras_training(config, backend):
+    """KerasHub's training steps, compiled as Keras does by default."""
+    os.environ["KERAS_BACKEND"] = backend
+    import keras
+    import keras_hub
+
+    def compiled(backbone):
+        model = keras_hub.models.Phi3CausalLM(backbone, preprocessor=None)
+        model.compile(
+            optimizer=keras.optimizers.AdamW(**LEARNING),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()])
+        return model
+
+    def check():
+        """Asserts that it learns what ours does: the losses of some steps from equal weights."""
+        import references
+
+        import phi3_ref
+        backbone = references.keras_backbone(SMALL)
+        ours, theirs = phi3_ref.Phi3CausalLM(references.ours_like(backbone)), compiled(backbone)
+        ours.compile(phi3_ref.AdamW(**LEARNING))
+        batch = random_batch(SMALL, 3, 12)
+        for step in range(5):
+            losses = [float(model.train_on_batch(*batch)[0]) for model in (ours, theirs)]
+            assert abs(losses[0] - losses[1]) <= 1e-3 * losses[0], f"step {step}: losses {losses}"
+
+    model = compiled(keras_hub.models.Phi3Backbone(**config, dtype="float32"))
+    return {"run": lambda B, S: timed_step(model, random_batch(config, B, S)), "check": check}
 
 
 def worker_tiny():
@@ -361,7 +508,52 @@ def worker_transformers(config, dtype):
         times += [time.perf_counter() for _ in steps(model, random_tokens(config, B, S))]
         return np.diff(times).tolist()
 
-    return {"run": run, "check": check}
+    def learn(model, ids, labels):
+        """Computes the gradients anew; returns the loss."""
+        logits = model(input_ids=torch.as_tensor(ids), use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0], torch.as_tensor(labels)[0])
+        loss.backward()
+        return loss
+
+    def check_gradients():
+        import references
+
+        import phi3_ref
+        small = references.transformers_model({}).train()
+        with tempfile.TemporaryDirectory() as directory:
+            references.write_huggingface(small, directory)
+            ours = phi3_ref.Phi3CausalLM.from_preset(directory)
+        ids, labels = (random_tokens({"vocabulary_size": 61}, 1, 100) for _ in range(2))
+        _, gradients = ours.gradients({"token_ids": ids}, labels)
+        gradients = dict(phi3_ref.huggingface_tensors(gradients, ours.backbone.config))
+        for attention in ("sdpa", "eager"):
+            small.set_attn_implementation(attention)
+            small.zero_grad()
+            learn(small, ids, labels)
+            for name, parameter in small.named_parameters():
+                error = references.relative_error(gradients[name], parameter.grad.numpy())
+                assert error <= phi3_ref.GRADIENT_TOLERANCES["float32"], (
+                    f"the gradient of {name} differs from ours by {error:.1e}")
+
+    def gradients(S, attention):
+        model.train()
+        model.set_attn_implementation(attention)
+        before = resting_memory()
+        ids, labels = random_tokens(config, 1, S), random_tokens(config, 1, S)
+        seconds, beyond = measured(lambda: learn(model, ids, labels).item(), before,
+                                   parameters(config))
+        model.zero_grad()
+        return seconds, beyond
+
+    @functools.cache
+    def resting_memory():
+        """Returns the memory in use between steps, once a first one has loaded what they need."""
+        learn(model, np.ones((1, 1), int), np.ones((1, 1), int))
+        model.zero_grad()
+        return memory_in("/proc/self/status", "VmRSS")
+
+    return {"run": run, "check": check, "gradients": gradients,
+            "check_gradients": check_gradients}
 
 
 def huggingface_config(config):
@@ -720,6 +912,83 @@ def bench_tiny(rounds):
     row("7. import phi3_ref beyond NumPy, s", seconds[1:], targets=[("", 0.3)])
 
 
+def bench_training_step(size):
+    """Line 8."""
+    S, rounds = size["prompt"], size["repeats"]
+    config = PHI3_MINI | {"num_layers": size["learning_layers"]}
+    with contextlib.ExitStack() as stack:
+        workers, _ = start(stack, config, {"ours": ("ours", dict(dtype="float32"))},
+                           ("gradients", S))
+        products, _ = start(stack, config, {"": ("training_products", {})}, ("run", 1, S))
+        peers, problems = start(stack, config, {"transformers": PEERS["transformers"]},
+                                *[("check_gradients",)] * (size is WHOLE), ("gradients", S, "sdpa"))
+        ours, limit, sdpa, eager = [], [], [], []
+        for _ in range(rounds):
+            ours.append(workers["ours"].ask("gradients", S)[0])
+            limit.append(products[""].ask("run", 1, S))
+            for peer in peers.values():
+                sdpa.append(peer.ask("gradients", S, "sdpa")[0])
+                eager.append(peer.ask("gradients", S, "eager")[0])
+        limit = faster(np.array(limit))
+        what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
+        row(f"{what}float32, s", ours, limit, {"transformers": sdpa} if sdpa else problems,
+            targets=[("limit", 1.15), ("fastest peer", 1)])
+        if eager:
+            row(f"{what}transformers with eager attention, s", ours, limit,
+                {"transformers": eager})
+
+
+def bench_tiny_training(size, B=128, S=36):
+    """Line 9."""
+    programs = {"ours": ("ours_training", {}), "products": ("training_products", {})}
+    programs |= {name: ("keras_training", options)
+                 for name, (worker, options) in PEERS.items() if worker == "keras"}
+    with contextlib.ExitStack() as stack:
+        checked = list(programs)[2:] if size is WHOLE else []
+        workers, problems = {}, {}
+        for name, program in programs.items():
+            found, problem = start(stack, TINY, {name: program},
+                                   *[("check",)] * (name in checked), ("run", B, S))
+            workers, problems = workers | found, problems | problem
+        found = take_turns(workers, 5 * size["repeats"], "run", B, S) | problems
+        ours, products = found.pop("ours"), found.pop("products")
+        row(f"9. embedded preset: training step with AdamW, {B} x {S} tokens, ms", ours,
+            faster(products), found, 1e-3, [("fastest peer", 1)])
+
+
+def bench_training_memory(size):
+    """Line 10, each length once."""
+    config = PHI3_MINI | {"num_layers": size["learning_layers"]}
+    what, lengths = f"num_layers={size['learning_layers']}, GB", size["learned"]
+    largest, peers = lengths[-1], {}
+    try:
+        with Worker("transformers", config=config, dtype="float32") as peer:
+            peer.receive()
+            for S in lengths[-2:]:
+                free = memory_in("/proc/meminfo", "MemAvailable")
+                # Scores grow with the square of the length: at most four times as much.
+                if S // 2 in peers and 4 * peers[S // 2] > free - 4 * parameters(config):
+                    peers[S] = "left out: no memory"
+                else:
+                    peers[S] = peer.ask("gradients", S, "eager")[1]
+    except RuntimeError as problem:
+        peers = dict.fromkeys(lengths, str(problem))
+        if not str(problem).startswith("absent"):
+            failures.append(f"transformers: {problem}")
+    with Worker("ours", config=config, dtype="float32") as ours:
+        ours.receive()
+        found = {}
+        for S in lengths:
+            found[S] = ours.ask("gradients", S)[1]
+            half, peer = found.get(S // 2), peers.get(S)
+            row(f"10. memory of a training step of {S:,} tokens beyond weights and gradients"
+                f"{f'; limit: that of {S // 2:,}' if half else ''}, transformers eager, {what}",
+                found[S], half, {"transformers": peer} if peer else {}, GB,
+                [("limit", 2.2)] * bool(half) + [("fastest peer", 1)] * bool(peer))
+        row(f"10. the same of {largest:,} tokens with recompute=True; limit: without, {what}",
+            ours.ask("gradients", largest, True)[1], found[largest], unit=GB)
+
+
 # The command line ---------------------------------------------------------------------------------
 
 def version(package):
@@ -748,6 +1017,7 @@ def main(arguments=None):
         help="under two minutes: a smaller model, shorter prompts, fewer repetitions")
     add("--full", action="store_true",
         help="also load and run 3.8 billion parameters: 24 GB of memory, 8 GB of disk")
+    add("--only", choices=GROUPS, help="only lines 1, 2, 3 and 5; 4; 6; 7; or 8 to 10")
     add("--directory", help="where to write random checkpoints (default: the temporary directory)")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -758,14 +1028,23 @@ def main(arguments=None):
     size, start = QUICK if options.quick else WHOLE, time.perf_counter()
     print("|", " | ".join(["measurement", "ours", *PEERS, "limit", "ours / limit",
                            "ours / fastest peer", "target", "reached"]), "|\n" + "|---" * 11 + "|")
-    remark = bench_speed(size)
-    bench_long(size["long"])
-    bench_loading(size["stored_layers"], size["repeats"], options.directory)
-    bench_sharing(options.directory)
-    bench_tiny(size["repeats"])
+    wanted, remark = [options.only] if options.only else GROUPS, ""
+    if "speed" in wanted:
+        remark = bench_speed(size)
+    if "long" in wanted:
+        bench_long(size["long"])
+    if "loading" in wanted:
+        bench_loading(size["stored_layers"], size["repeats"], options.directory)
+        bench_sharing(options.directory)
+    if "tiny" in wanted:
+        bench_tiny(size["repeats"])
+    if "training" in wanted:
+        bench_training_step(size)
+        bench_tiny_training(size)
+        bench_training_memory(size)
     if options.full:
         bench_loading(PHI3_MINI["num_layers"], 1, options.directory, whole=True)
-    print(f"\n{remark}")
+    print(f"\n{remark}" if remark else "")
     for failure in failures:
         print(f"\nFAILED {failure}")
     print_machine()
