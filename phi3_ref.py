@@ -273,7 +273,7 @@ class Phi3Config:
 # Learning asks of every array: if it changed a little, by how much would the loss? The answer is an
 # array of the same shape, its *gradient*. If y = f(x), `f_backward` makes x's gradient of y's, its
 # first argument: the sum over y's elements of (y_i's gradient) * dy_i/dx. From the loss back to the
-# weights, these sums are all of "backpropagation". In the docstrings, x' is the gradient of x.
+# weights, these sums are all of "backpropagation". The gradient of x is x' in texts, d_x in code.
 
 
 def textbook_linear(x, weight):
@@ -287,8 +287,8 @@ def linear_backward(gradient, x, weight):
     Of y_i = sum_j W_ij x_j, x_j has part W_ij in each y_i: x'_j = sum_i y'_i W_ij. And each
     position n has used the same W_ij, with its own x_j: W'_ij = sum_n y'_ni x_nj.
     """
-    rows, y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))  # [n, in], [n, out]
-    return matmul(y, weight).reshape(x.shape), upcast(y).T @ upcast(rows)
+    rows, d_y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))  # [n, in], [n, out]
+    return matmul(d_y, weight).reshape(x.shape), upcast(d_y).T @ upcast(rows)
 
 
 def textbook_rms_norm(x, scale, epsilon):
@@ -319,12 +319,12 @@ def rms_norm_backward(gradient, x, scale, epsilon):
     dr/dx_j = x_j / (D r). Together x' = (n' - n mean(n' n)) / r: n' without its part along n, for
     the norm hides how long x is. And scale' = sum(y' n) over all positions.
     """
-    wide_x, wide_gradient = upcast(x), upcast(gradient)
+    wide_x, d_y = upcast(x), upcast(gradient)
     r = ((wide_x * wide_x).mean(axis=-1, keepdims=True) + epsilon) ** 0.5  # [..., 1]
-    n, n_gradient = wide_x / r, wide_gradient * upcast(scale)
-    x_gradient = (n_gradient - n * (n_gradient * n).mean(axis=-1, keepdims=True)) / r
-    scale_gradient = (wide_gradient * n).reshape(-1, len(scale)).sum(axis=0)
-    return x_gradient.astype(x.dtype, copy=False), scale_gradient
+    n, d_n = wide_x / r, d_y * upcast(scale)
+    d_x = (d_n - n * (d_n * n).mean(axis=-1, keepdims=True)) / r
+    d_scale = (d_y * n).reshape(-1, len(scale)).sum(axis=0)
+    return d_x.astype(x.dtype, copy=False), d_scale
 
 
 def rotary_embedding(x, cos, sin):
@@ -491,21 +491,20 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
         probabilities = tape["probabilities"]
     scale = get_array_module(query).asarray(C**-0.5, query.dtype)
     # As in the forward, but the group beside its queries, so that products sum over both.
-    query, gradient = (
+    query, d_context = (
         x.reshape(B, S, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
         for x in (query * scale, gradient))  # [B, K, GS, C]
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)  # [B, K, T, C], [..., C, T]
     p = probabilities.reshape(B, K, -1, T)  # [B, K, GS, T]
 
-    value_gradient = matmul(p.swapaxes(2, 3), gradient)  # of context = p v; [B, K, T, C]
-    p_gradient = tap("probabilities", matmul(gradient, value).reshape(B, H, S, T))
-    s_gradient = softmax_backward(upcast(p_gradient), upcast(probabilities))
-    s_gradient = tap("scores", s_gradient.astype(query.dtype, copy=False)).reshape(p.shape)
-    query_gradient = matmul(s_gradient, key) * scale  # of s = q k^T; [B, K, GS, C]
-    key_gradient = matmul(s_gradient.swapaxes(2, 3), query)  # [B, K, T, C]
-    query_gradient = query_gradient.reshape(B, K, H // K, S, C).transpose(0, 3, 1, 2, 4)
-    return (query_gradient.reshape(B, S, H, C), key_gradient.transpose(0, 2, 1, 3),
-            value_gradient.transpose(0, 2, 1, 3))
+    d_value = matmul(p.swapaxes(2, 3), d_context)  # of context = p v; [B, K, T, C]
+    d_p = tap("probabilities", matmul(d_context, value).reshape(B, H, S, T))
+    d_s = softmax_backward(upcast(d_p), upcast(probabilities)).astype(query.dtype, copy=False)
+    d_s = tap("scores", d_s).reshape(p.shape)
+    d_query = matmul(d_s, key) * scale  # of s = q k^T; [B, K, GS, C]
+    d_key = matmul(d_s.swapaxes(2, 3), query)  # [B, K, T, C]
+    d_query = d_query.reshape(B, K, H // K, S, C).transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
+    return d_query, d_key.transpose(0, 2, 1, 3), d_value.transpose(0, 2, 1, 3)
 
 
 @in_pieces
@@ -641,49 +640,48 @@ def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape
         tap: called with the gradients of all of `LAYER_TAPS` but the last, from last to first.
     """
     _, _, _, attention_backward = functions_for(config)
-    xp, gradients, rate = get_array_module(gradient), {}, config.dropout
-    (B, S, _), epsilon = gradient.shape, config.layer_norm_epsilon
+    xp, (B, S, _), rate = get_array_module(gradient), gradient.shape, config.dropout
+    epsilon, gradients = config.layer_norm_epsilon, {}
 
-    output = dropout_backward(gradient, rate, tape.get("feedforward_output.dropout"))
-    output = tap("feedforward_output", output)
+    d_output = dropout_backward(gradient, rate, tape.get("feedforward_output.dropout"))
+    d_output = tap("feedforward_output", d_output)
     gate, intermediate = tape["feedforward_gate"], tape["feedforward_intermediate"]
     activated = silu(gate)
-    gated, gradients["feedforward_output"] = linear_backward(
-        output, activated * intermediate, weights["feedforward_output"])
-    activated *= gated  # of silu(gate) * intermediate: each has the other for its derivative
-    gated *= intermediate
-    intermediate = tap("feedforward_intermediate", activated)
-    gate = tap("feedforward_gate", silu_backward(gated, gate))
-    normed, gradients["feedforward_gate_intermediate"] = linear_backward(
-        xp.concatenate([gate, intermediate], axis=-1), tape["post_attention_layernorm"],
+    d_gated, gradients["feedforward_output"] = linear_backward(
+        d_output, activated * intermediate, weights["feedforward_output"])
+    # Of activated * intermediate, each is the other's derivative.
+    d_intermediate = tap("feedforward_intermediate", d_gated * activated)
+    d_gate = tap("feedforward_gate", silu_backward(d_gated * intermediate, gate))
+    d_normed, gradients["feedforward_gate_intermediate"] = linear_backward(
+        xp.concatenate([d_gate, d_intermediate], axis=-1), tape["post_attention_layernorm"],
         weights["feedforward_gate_intermediate"])
-    normed = tap("post_attention_layernorm", normed)
-    branch, gradients["post_attention_layernorm"] = rms_norm_backward(
-        normed, tape["attention_residual"], weights["post_attention_layernorm"], epsilon)
-    gradient = tap("attention_residual", gradient + branch)
+    d_normed = tap("post_attention_layernorm", d_normed)
+    d_branch, gradients["post_attention_layernorm"] = rms_norm_backward(
+        d_normed, tape["attention_residual"], weights["post_attention_layernorm"], epsilon)
+    gradient = tap("attention_residual", gradient + d_branch)
 
-    output = dropout_backward(gradient, rate, tape.get("attention_output.dropout"))
-    output = tap("attention_output", output)
+    d_output = dropout_backward(gradient, rate, tape.get("attention_output.dropout"))
+    d_output = tap("attention_output", d_output)
     context, keep = tape["attention.context"], tape.get("attention.dropout")
-    used = dropout_backward(context, rate, keep).reshape(B, S, -1)  # what linear was given
-    used, gradients["attention_output"] = linear_backward(
-        output, used, weights["attention_output"])
-    context = tap("attention.context", dropout_backward(used.reshape(context.shape), rate, keep))
-    query, key, value = attention_backward(
-        context, tape["attention.query_rotary"], tape["attention.key_rotary"],
-        tape["attention.value"], padding_mask, config.sliding_window, prefixed(tap, "attention"),
-        tape.get("attention.probabilities"))
-    key = rotary_embedding_backward(tap("attention.key_rotary", key), *rotary)
-    query = rotary_embedding_backward(tap("attention.query_rotary", query), *rotary)
-    value, key = tap("attention.value", value), tap("attention.key", key)
-    query = tap("attention.query", query)
-    normed, gradients["qkv"] = linear_backward(
-        xp.concatenate([query, key, value], axis=2).reshape(B, S, -1),
+    kept = dropout_backward(context, rate, keep)  # the forward's again: the same function
+    d_kept, gradients["attention_output"] = linear_backward(
+        d_output, kept.reshape(B, S, -1), weights["attention_output"])
+    d_context = dropout_backward(d_kept.reshape(context.shape), rate, keep)
+    d_query, d_key, d_value = attention_backward(
+        tap("attention.context", d_context), tape["attention.query_rotary"],
+        tape["attention.key_rotary"], tape["attention.value"], padding_mask, config.sliding_window,
+        prefixed(tap, "attention"), tape.get("attention.probabilities"))
+    d_key = rotary_embedding_backward(tap("attention.key_rotary", d_key), *rotary)
+    d_query = rotary_embedding_backward(tap("attention.query_rotary", d_query), *rotary)
+    d_value, d_key = tap("attention.value", d_value), tap("attention.key", d_key)
+    d_query = tap("attention.query", d_query)
+    d_normed, gradients["qkv"] = linear_backward(
+        xp.concatenate([d_query, d_key, d_value], axis=2).reshape(B, S, -1),
         tape["pre_attention_layernorm"], weights["qkv"])
-    normed = tap("pre_attention_layernorm", normed)
-    branch, gradients["pre_attention_layernorm"] = rms_norm_backward(
-        normed, tape["x"], weights["pre_attention_layernorm"], epsilon)
-    return gradient + branch, {name: gradients[name] for name in weights}
+    d_normed = tap("pre_attention_layernorm", d_normed)
+    d_branch, gradients["pre_attention_layernorm"] = rms_norm_backward(
+        d_normed, tape["x"], weights["pre_attention_layernorm"], epsilon)
+    return gradient + d_branch, {name: gradients[name] for name in weights}
 
 
 # ---- The KV cache --------------------------------------------------------------------------------
@@ -1124,21 +1122,21 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
                                            sliding_window, tap, probabilities)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query, gradient = (x.reshape(B, S, K, -1, C) for x in (query, gradient))
-    query_gradient = xp.empty_like(query)
-    key_gradient, value_gradient = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)
+    d_query = xp.empty_like(query)
+    d_key, d_value = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)
     for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
-        rows, g = by_head(query[queries]) * C**-0.5, by_head(gradient[queries])  # [b, k, Gs, C]
-        k, v = by_head(key[keys]), by_head(value[keys])  # [b, k, t, C]
+        rows, d_context = by_head(query[queries]) * C**-0.5, by_head(gradient[queries])
+        k, v = by_head(key[keys]), by_head(value[keys])  # [b, k, t, C]; rows: [b, k, Gs, C]
         p, total = block_exponentials(rows, k, visible)
         p /= total
-        value_gradient[keys] += (p.swapaxes(2, 3) @ g).swapaxes(1, 2)
-        s = g @ v.swapaxes(2, 3)  # p's gradient, [b, k, Gs, t]; then, in place, that of the scores
-        s -= (s * p).sum(axis=-1, keepdims=True)
-        s *= p
-        key_gradient[keys] += (s.swapaxes(2, 3) @ rows).swapaxes(1, 2)
-        put_by_head(query_gradient[queries], s @ k * C**-0.5)
-    return (query_gradient.reshape(B, S, H, C), key_gradient.astype(key.dtype, copy=False),
-            value_gradient.astype(value.dtype, copy=False))
+        d_value[keys] += (p.swapaxes(2, 3) @ d_context).swapaxes(1, 2)
+        d_s = d_context @ v.swapaxes(2, 3)  # at first that of p, [b, k, Gs, t]; then, in place,
+        d_s -= (d_s * p).sum(axis=-1, keepdims=True)  # softmax_backward
+        d_s *= p
+        d_key[keys] += (d_s.swapaxes(2, 3) @ rows).swapaxes(1, 2)
+        put_by_head(d_query[queries], d_s @ k * C**-0.5)
+    d_key, d_value = d_key.astype(key.dtype, copy=False), d_value.astype(key.dtype, copy=False)
+    return d_query.reshape(B, S, H, C), d_key, d_value
 
 
 # ==== Here the story ends. What follows connects it with the world. ===============================
