@@ -922,6 +922,7 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
     logits = tap("logits", reverse_embedding(weights, config, hidden_states))
     accuracy = sparse_categorical_accuracy(logits, labels, sample_weight)
     loss, gradient = cross_entropy(logits, labels, sample_weight)
+    del logits  # the largest array of all, for a large vocabulary
     gradient, projection = linear_backward(
         gradient_tap("logits", gradient), hidden_states, cast(weights["reverse_embedding"], config))
     gradients = backward(gradient, weights, config, token_ids, padding_mask, seed, tapes,
