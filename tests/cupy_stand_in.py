@@ -137,12 +137,13 @@ def poison(dtype):
 
 
 for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", "min", "ravel",
-             "repeat", "reshape", "squeeze", "sum", "transpose", "view"):
+             "repeat", "reshape", "squeeze", "sum", "swapaxes", "transpose", "view"):
     setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
 ndarray.T = property(ndarray.transpose)
 
-for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones",
-             "sin", "take_along_axis"):
+for name in ("arange", "broadcast_to", "concatenate", "cos", "diff", "divide", "empty_like", "exp",
+             "full", "isfinite", "log", "maximum", "moveaxis", "ones", "sin", "take_along_axis",
+             "vdot", "zeros_like"):
     globals()[name] = on_device(getattr(np, name))
 
 
@@ -183,6 +184,24 @@ def argsort(a, axis=-1, kind=None):
     if kind not in (None, "stable"):
         raise ValueError(f"kind={kind!r}: CuPy sorts stably")
     return on_device(np.argsort)(a, axis=axis, kind="stable")
+
+
+def flatnonzero(a):
+    """The places of what is not zero; how many there are is read by the host, which waits for it."""
+    found = on_device(np.flatnonzero)(a)
+    refuse_while_capturing()
+    transfers.append(8)
+    return found
+
+
+def reduceat(array, indices, axis=0):
+    """CuPy's own: differences of sums from the first element on, in the array's dtype."""
+    array, indices = unwrap(array), np.append(unwrap(indices), unwrap(array).shape[axis])
+    sums = np.insert(np.cumsum(array, axis, array.dtype), 0, 0, axis)
+    return ndarray(sums.take(indices[1:], axis) - sums.take(indices[:-1], axis))
+
+
+add = types.SimpleNamespace(reduceat=reduceat)
 
 
 def matmul(a, b):
