@@ -4,8 +4,10 @@ As `sys.modules["cupy"]` it lets phi3_ref's CuPy path run on the host, and fail 
 fail at the user's: an `ndarray` wraps a NumPy array ("device memory") that only `asarray` leads
 into and only `get` leads out of. It knows the functions that phi3_ref may call, and no more, with
 CuPy 14's own restrictions: what is not an array has no place in `where`'s condition, a batched
-bfloat16 product fails, `argsort` is stable or nothing. `transfers` lists the bytes of every copy to
-the host, those behind `bool()`, `int()` and `float()` included.
+bfloat16 product fails, `argsort` is stable or nothing. `add.reduceat` is missing: CuPy's subtracts
+sums from the first element on, so that a result has the rounding errors of all before it.
+`transfers` lists the bytes of every copy to the host, those behind `bool()`, `int()` and `float()`
+included.
 
 While a stream captures, nothing is computed: results are poison until the graph is launched, which
 computes, with the same arguments and into the same memory, what was asked for. Copies from and to
@@ -187,21 +189,11 @@ def argsort(a, axis=-1, kind=None):
 
 
 def flatnonzero(a):
-    """The places of what is not zero; how many there are is read by the host, which waits for it."""
+    """The places of what is not zero; the host reads how many there are."""
     found = on_device(np.flatnonzero)(a)
     refuse_while_capturing()
     transfers.append(8)
     return found
-
-
-def reduceat(array, indices, axis=0):
-    """CuPy's own: differences of sums from the first element on, in the array's dtype."""
-    array, indices = unwrap(array), np.append(unwrap(indices), unwrap(array).shape[axis])
-    sums = np.insert(np.cumsum(array, axis, array.dtype), 0, 0, axis)
-    return ndarray(sums.take(indices[1:], axis) - sums.take(indices[:-1], axis))
-
-
-add = types.SimpleNamespace(reduceat=reduceat)
 
 
 def matmul(a, b):
