@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 
+import hostile_presets
 import hypothesis
 import numpy as np
 import pytest
@@ -560,6 +561,39 @@ def test_a_file_of_another_kind_is_refused(case, optimizer_file, tmp_path):
     with pytest.raises(ValueError, match=str(path)):
         causal_lm.load_optimizer(path)
     assert_same(causal_lm, same)
+
+
+def test_a_file_that_was_spoilt_or_forged(optimizer_file, tmp_path):
+    """At random: it is refused by its name, or loaded as safetensors' own reader reads it."""
+    path, causal_lm = tmp_path / "optimizer.safetensors", learner()
+    causal_lm.train_on_batch(*batches_of(1)[0])
+    names = [f"{name}.{kind}" for name in causal_lm.optimizer.moments
+             for kind in ("momentum", "velocity")]
+    refused = 0
+    for seed in range(examples(300)):
+        choices = hostile_presets.Choices(random.Random(seed))
+        path.write_bytes(optimizer_file.read_bytes())
+        spoil = hostile_presets.spoil_safetensors if seed % 2 else hostile_presets.spoil_bytes
+        spoil(tmp_path, choices)
+        before = causal_lm.optimizer.iterations, causal_lm.optimizer.moments
+        try:
+            causal_lm.load_optimizer(path)
+        except OSError:
+            assert not path.exists()
+        except ValueError as error:
+            assert str(path) in str(error) and len(str(error)) < 2000
+            assert (causal_lm.optimizer.iterations, causal_lm.optimizer.moments) == before
+            refused += 1
+        else:
+            stored = safetensors.numpy.load_file(path)
+            steps, moments = stored.pop("iterations"), causal_lm.optimizer.moments
+            assert causal_lm.optimizer.iterations == steps
+            assert list(stored) == [] == [*moments] or sorted(stored) == sorted(names)
+            for name in stored:
+                weight, _, kind = name.rpartition(".")
+                np.testing.assert_array_equal(
+                    moments[weight][kind == "velocity"], stored[name], strict=True)
+    assert refused > examples(100)
 
 
 def test_a_file_that_is_not_there(tmp_path):
