@@ -533,7 +533,7 @@ def spoil_safetensors(directory, choices):
         entry["shape"] = choices.pick([
             shape[::-1], [math.prod(shape)], [*shape, 1], [1, *shape], [], None, "8",
             [choices.pick(numbers), *shape[1:]], [*shape[:-1], choices.pick(numbers)],
-            [2**62, 2**62], [0, 2**63], header[other]["shape"], [shape[0] + 1, *shape[1:]]])
+            [2**62, 2**62], [0, 2**63], header[other]["shape"], [n + 1 for n in shape]])
     elif kind == "missing":
         del header[name]
     elif kind == "extra":

@@ -306,7 +306,7 @@ def assert_same_trees(on_host, on_device):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("policy", TRAINABLE)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_gradients(policy, fused, recompute):
     """Of random models and masks, with dropout; what the host reads are numbers, not arrays."""
     for seed in range(4):
