@@ -537,7 +537,8 @@ WRONG_FILES = {
     "other sizes": other_model(intermediate_dim=41),
     "tied": other_model(tie_word_embeddings=True),
     "a preset's weights": lambda path, _: phi3_ref.write_safetensors(
-        path, phi3_ref.huggingface_tensors(learner().backbone.weights, learner().backbone.config)),
+        path, list(phi3_ref.huggingface_tensors(learner().backbone.weights,
+                                                learner().backbone.config))),
     "no such format": lambda path, _: path.write_bytes(b"no safetensors at all"),
     "empty": cut_to(0), "cut in the header": cut_to(500), "cut at the end": cut_to(-100),
     "steps below zero": changed("iterations", lambda x: x - 5),
