@@ -4,8 +4,10 @@ As `sys.modules["cupy"]` it lets phi3_ref's CuPy path run on the host, and fail 
 fail at the user's: an `ndarray` wraps a NumPy array ("device memory") that only `asarray` leads
 into and only `get` leads out of. It knows the functions that phi3_ref may call, and no more, with
 CuPy 14's own restrictions: what is not an array has no place in `where`'s condition, a batched
-bfloat16 product fails, `argsort` is stable or nothing. `transfers` lists the bytes of every copy to
-the host, those behind `bool()`, `int()` and `float()` included.
+bfloat16 product fails, `argsort` is stable or nothing. `add.reduceat` is missing: CuPy's subtracts
+sums from the first element on, so that a result has the rounding errors of all before it.
+`transfers` lists the bytes of every copy to the host, those behind `bool()`, `int()` and `float()`
+included.
 
 While a stream captures, nothing is computed: results are poison until the graph is launched, which
 computes, with the same arguments and into the same memory, what was asked for. Copies from and to
@@ -137,12 +139,13 @@ def poison(dtype):
 
 
 for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", "min", "ravel",
-             "repeat", "reshape", "squeeze", "sum", "transpose", "view"):
+             "repeat", "reshape", "squeeze", "sum", "swapaxes", "transpose", "view"):
     setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
 ndarray.T = property(ndarray.transpose)
 
-for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "exp", "full", "log", "ones",
-             "sin", "take_along_axis"):
+for name in ("arange", "broadcast_to", "concatenate", "cos", "diff", "divide", "empty_like", "exp",
+             "full", "isfinite", "log", "maximum", "moveaxis", "ones", "sin", "take_along_axis",
+             "vdot", "zeros_like"):
     globals()[name] = on_device(getattr(np, name))
 
 
@@ -183,6 +186,14 @@ def argsort(a, axis=-1, kind=None):
     if kind not in (None, "stable"):
         raise ValueError(f"kind={kind!r}: CuPy sorts stably")
     return on_device(np.argsort)(a, axis=axis, kind="stable")
+
+
+def flatnonzero(a):
+    """The places of what is not zero; the host reads how many there are."""
+    found = on_device(np.flatnonzero)(a)
+    refuse_while_capturing()
+    transfers.append(8)
+    return found
 
 
 def matmul(a, b):

@@ -533,7 +533,7 @@ def spoil_safetensors(directory, choices):
         entry["shape"] = choices.pick([
             shape[::-1], [math.prod(shape)], [*shape, 1], [1, *shape], [], None, "8",
             [choices.pick(numbers), *shape[1:]], [*shape[:-1], choices.pick(numbers)],
-            [2**62, 2**62], [0, 2**63], header[other]["shape"], [shape[0] + 1, *shape[1:]]])
+            [2**62, 2**62], [0, 2**63], header[other]["shape"], [n + 1 for n in shape]])
     elif kind == "missing":
         del header[name]
     elif kind == "extra":
@@ -557,7 +557,8 @@ def spoil_safetensors(directory, choices):
             header[each]["data_offsets"] = [offset + 4 for offset in header[each]["data_offsets"]]
     elif kind == "not finite":
         start, end = entry["data_offsets"]
-        pattern = {"F32": [b"\0\0\xc0\x7f", b"\0\0\x80\xff"], "BF16": [b"\xc0\x7f", b"\x80\xff"]}
+        pattern = {"F32": [b"\0\0\xc0\x7f", b"\0\0\x80\xff"], "BF16": [b"\xc0\x7f", b"\x80\xff"],
+                   "F64": [bytes(6) + b"\xf8\x7f", bytes(6) + b"\xf0\xff"]}
         value = choices.pick(pattern[entry["dtype"]])
         at = start + len(value) * choices.below((end - start) // len(value))
         body = body[:at] + value + body[at + len(value) :]

@@ -244,3 +244,168 @@ def test_weights_are_given_or_loaded():
     """Both at once is an error that says so."""
     with pytest.raises(ValueError, match="load_weights=False"):
         phi3_ref.Phi3Backbone.from_preset("phi3_tiny_puzzles_en", weights={})
+
+
+LABELS = IDS + 1
+BAD_LABELS = {  # each case: x, y, sample_weight, and what the message says
+    "no labels": (dict(token_ids=IDS), None, None, "`y`"),
+    "no inputs": (None, None, None, "`x`"),
+    "a number": (7, None, None, "`x`"),
+    "strings without a tokenizer": (["What?"], None, None, "preprocessor"),
+    "strings with labels": (["What?"], LABELS, None, "token_ids"),
+    "ids of another vocabulary": (dict(token_ids=IDS + V), LABELS, None, "token_ids"),
+    "floats": (dict(token_ids=IDS), LABELS * 1.0, None, "`y`.*float64"),
+    "bools": (dict(token_ids=IDS), LABELS > 0, None, "`y`.*bool"),
+    "strings": (dict(token_ids=IDS), LABELS.astype(str), None, "`y`.*<U"),
+    "ragged": (dict(token_ids=IDS), [[1, 2], [3]], None, "`y`"),
+    "a row": (dict(token_ids=IDS), LABELS[0], None, r"`y`.*\(3,\)"),
+    "a row too few": (dict(token_ids=IDS), LABELS[:1], None, r"`y`.*\(1, 3\)"),
+    "negative": (dict(token_ids=IDS), LABELS - 2, None, "`y`"),
+    "too large": (dict(token_ids=IDS), LABELS + V, None, "`y`"),
+    "empty": (dict(token_ids=IDS[:, :0]), LABELS[:, :0], None, "`y`.*empty"),
+    "weights' shape": (dict(token_ids=IDS), LABELS, np.ones(S), r"`sample_weight`.*\(3,\)"),
+    "weights' rank": (dict(token_ids=IDS), LABELS, 1.0, r"`sample_weight`.*\(\)"),
+    "weights of NaN": (dict(token_ids=IDS), LABELS, np.full((B, S), np.nan), "`sample_weight`"),
+    "infinite weights": (dict(token_ids=IDS), LABELS, np.full(B, np.inf), "`sample_weight`"),
+    "weights of strings": (dict(token_ids=IDS), LABELS, np.full((B, S), "1"), "`sample_weight`"),
+    "ragged weights": (dict(token_ids=IDS), LABELS, [[1.0], [1.0, 2.0]], "`sample_weight`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_learning_takes_only_labels_and_weights_of_its_inputs(case):
+    """By gradients, a step, `fit` and `evaluate` alike; nothing is learned."""
+    *batch, message = BAD_LABELS[case]
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    before = causal_lm.backbone.get_weights()
+    for call in (causal_lm.gradients, causal_lm.train_on_batch, causal_lm.fit, causal_lm.evaluate):
+        with pytest.raises(ValueError, match=message):
+            call(*batch)
+    for old, new in zip(before, causal_lm.backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+BAD_TEXTS = {
+    "a number among them": (["Sort a", 3], None, "strings"),
+    "bytes": ([b"Sort a"], None, "strings"),
+    "weights, which are made of the texts": (["Sort a"], np.ones(1), "`sample_weight`"),
+    "nothing": ([], None, "nothing to learn|not empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+@pytest.mark.parametrize("method", ["gradients", "train_on_batch", "fit", "evaluate"])
+def test_learning_takes_only_texts(method, case):
+    """What is no text is not learned as one, and no weight is left out silently."""
+    x, sample_weight, message = BAD_TEXTS[case]
+    causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en")
+    with pytest.raises(ValueError, match=message):
+        getattr(causal_lm, method)(x, None, sample_weight)
+    assert causal_lm.optimizer.iterations == 0
+
+
+def test_one_text_is_a_batch_of_one():
+    """It is not a list of letters."""
+    found = []
+    for x in ("Sort planet", ["Sort planet"]):
+        causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en")
+        found.append([causal_lm.gradients(x)[0], causal_lm.evaluate(x), causal_lm.fit(x).history])
+        assert causal_lm.optimizer.iterations == 1
+    assert found[0] == found[1]
+
+
+BAD_FITS = {
+    "no batch": (dict(batch_size=0), "batch_size"),
+    "half an example": (dict(batch_size=1.5), "batch_size"),
+    "a batch of None": (dict(batch_size=None), "batch_size"),
+    "no epoch": (dict(epochs=0), "epochs"),
+    "a word for epochs": (dict(epochs="1"), "epochs"),
+    "no step": (dict(steps_per_epoch=0), "steps_per_epoch"),
+    "half a step": (dict(steps_per_epoch=0.5), "steps_per_epoch"),
+    "a number to shuffle": (dict(shuffle=8), "shuffle"),
+    "no data": (dict(x=[], y=None), "nothing to learn"),
+    "an empty iterator": (dict(x=iter([]), y=None), "nothing to learn"),
+    "a tuple of four": (dict(x=[(dict(token_ids=IDS), LABELS, None, 1)], y=None), "`x`"),
+    "a tuple of one": (dict(x=[(dict(token_ids=IDS),)], y=None), "`y`"),
+    "a batch without labels": (dict(x=[dict(token_ids=IDS)], y=None), "`y`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FITS)
+def test_fit_takes_only_options_that_mean_something(case):
+    """The message says which; nothing is learned."""
+    options, message = BAD_FITS[case]
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    with pytest.raises(ValueError, match=message):
+        causal_lm.fit(**dict(x=dict(token_ids=IDS), y=LABELS) | options)
+    assert causal_lm.optimizer.iterations == 0
+    if "batch_size" in options:
+        with pytest.raises(ValueError, match=message):
+            causal_lm.evaluate(dict(token_ids=IDS), LABELS, **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("optimizer", "adam"), ("optimizer", None), ("optimizer", phi3_ref.AdamW), ("optimizer", 1e-3),
+    ("sampler", "nucleus"), ("sampler", None), ("recompute", 1), ("recompute", None)])
+def test_compile_takes_only_optimizers_and_samplers(name, value):
+    """What was chosen before stays."""
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    optimizer = phi3_ref.AdamW(1e-3)
+    causal_lm.compile(optimizer, "greedy", recompute=True)
+    sampler = causal_lm.sampler
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        causal_lm.compile(**{name: value})
+    assert causal_lm.optimizer is optimizer and causal_lm.sampler is sampler and causal_lm.recompute
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("learning_rate", "fast"), ("learning_rate", -1e-3), ("learning_rate", float("nan")),
+    ("learning_rate", float("inf")), ("learning_rate", None), ("weight_decay", "some"),
+    ("weight_decay", -0.1), ("beta_1", 1.0), ("beta_1", -0.1), ("beta_2", 1.5), ("beta_2", None),
+    ("epsilon", -1e-7), ("epsilon", None), ("clipnorm", -1.0),
+    ("clipnorm", float("nan")), ("global_clipnorm", -1), ("global_clipnorm", "1")])
+def test_an_optimizer_takes_only_settings_that_mean_something(name, value):
+    """As numbers, before a step is taken with them."""
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        phi3_ref.AdamW(**{name: value})
+
+
+def test_an_optimizer_clips_in_one_way():
+    """As Keras's, which refuses both at once."""
+    with pytest.raises(ValueError, match=r"`clipnorm`.*`global_clipnorm`"):
+        phi3_ref.AdamW(clipnorm=1.0, global_clipnorm=1.0)
+
+
+@pytest.mark.parametrize("rate", ["x", float("nan"), float("inf")])
+def test_a_schedule_gives_only_numbers(rate):
+    """A step that cannot be taken is not taken in part."""
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    before = causal_lm.backbone.get_weights()
+    causal_lm.compile(phi3_ref.AdamW(lambda step: rate))
+    with pytest.raises(ValueError):
+        causal_lm.train_on_batch(dict(token_ids=IDS), LABELS)
+    assert causal_lm.optimizer.iterations == 0 and not causal_lm.optimizer.moments
+    for old, new in zip(before, causal_lm.backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_tap_on_what_is_computed_twice_is_refused():
+    """It would see each array twice; gradients, of which there is one each, may be looked at."""
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    causal_lm.compile(recompute=True)
+    batch, seen = (dict(token_ids=IDS), LABELS), []
+    for call in (lambda: causal_lm.gradients(*batch, tap=lambda name, array: array),
+                 lambda: phi3_ref.Trace.record(causal_lm, batch[0], y=LABELS)):
+        with pytest.raises(ValueError, match="recompute=False"):
+            call()
+    causal_lm.gradients(*batch, gradient_tap=lambda name, array: (seen.append(name), array)[1])
+    assert len(seen) == len(set(seen)) > 10
+
+
+@pytest.mark.parametrize("which", ["tap", "gradient_tap"])
+def test_a_tap_on_learning_that_returns_nothing_is_named(which):
+    """At the first name of its direction."""
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**CONFIG, seed=0))
+    first = {"tap": "token_embedding", "gradient_tap": "logits"}[which]
+    with pytest.raises(ValueError, match=f"tap returned None for '{first}'"):
+        causal_lm.gradients(dict(token_ids=IDS), LABELS, **{which: lambda name, array: None})

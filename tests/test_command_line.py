@@ -180,6 +180,9 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
         (["hello", "--max-length", "-5"], "max.length"),
         (["hello", "--seed", "-1"], "seed"),
         (["hello", "--trace", "/dev/null/trace"], "/dev/null"),
+        (["hello", "--gradients"], "--gradients needs --trace"),
+        (["--gradients"], "--gradients needs --trace"),
+        (["--summary", "--gradients"], "--gradients needs --trace"),
         (["--compare", "one"], "--compare"),
         (["hello", "there"], "there"),
         (["--colour"], "--colour"),
@@ -198,7 +201,7 @@ def test_help_lists_every_option():
     stdout, _ = run("--help")
     for option in (
         "preset", "backend", "dtype", "max-length", "sampler", "temperature", "seed", "raw",
-        "summary", "trace", "compare", "tolerance",
+        "summary", "trace", "gradients", "compare", "tolerance",
     ):
         assert f"--{option}" in stdout
 
@@ -236,6 +239,40 @@ def test_a_trace_of_a_run(causal_lm, tmp_path):
     assert list(trace) == list(expected)
     run(*arguments, "--max-length", "6", "--trace", str(path), code=1)  # a prompt that is cut, too
     assert phi3_ref.Trace.load(path)["logits"].shape[1] == 6
+
+
+def test_a_trace_with_gradients(causal_lm, tmp_path):
+    """--gradients: both passes, the loss that of each next token; the answer is the same."""
+    path = tmp_path / "trace.safetensors"
+    arguments = ("Sort dog", "--preset", causal_lm.directory, "--max-length", "50")
+    assert run(*arguments, "--trace", str(path), "--gradients") == run(*arguments)
+    model = phi3_ref.Phi3CausalLM.from_preset(causal_lm.directory)
+    prompt = chat_prompt(causal_lm, "Sort dog")
+    expected = phi3_ref.Trace.record(model, prompt, max_length=50, y="next")
+    trace, forward = phi3_ref.Trace.load(path), phi3_ref.Trace.record(model, prompt, max_length=50)
+    assert trace.metadata == expected.metadata and trace.keys() == expected.keys()
+    assert phi3_ref.compare(expected, trace, tolerance=0).first is None
+    assert list(trace)[: len(forward)] == list(forward)
+    backward = list(trace)[len(forward):]
+    assert backward[0] == "logits.gradient" and backward[-1] == "token_embedding.weight.gradient"
+    assert all(name.endswith(".gradient") for name in backward)
+    weights = [name for name in backward if name.endswith(".weight.gradient")]
+    assert len(backward) - len(weights) == len(forward)
+    assert len(weights) == len(dict(phi3_ref.named_weights(model.backbone.weights)))
+    # The loss, once more: of each token but the first, given those before it.
+    (ids,), logits = trace.metadata["token_ids"], trace["logits"][0].astype(float)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    loss = -log_p[np.arange(len(ids) - 1), ids[1:]].sum() / len(ids)
+    assert abs(trace.metadata["loss"] - loss) < 1e-5 * loss
+
+    name = "transformer_layer_1.attention.scores.gradient"
+    bad = tmp_path / "bad.safetensors"
+    trace[name][0, 3, 2, 1] += np.abs(trace[name]).max()
+    trace["transformer_layer_0.qkv.weight.gradient"] *= 2  # which comes of a later step
+    trace.save(bad)
+    stdout, _ = run("--compare", str(path), str(bad), code=1)
+    assert stdout.splitlines()[-1].startswith(f"{name}: ")
 
 
 def test_a_trace_of_a_chat(ending_causal_lm, tmp_path):

@@ -5,6 +5,7 @@ own arithmetic is tested in test_kernels_on_cpu.py. Here the question is where a
 """
 
 import collections
+import functools
 import json
 import math
 import pathlib
@@ -22,6 +23,7 @@ import phi3_ref
 
 PUZZLES = "phi3_tiny_puzzles_en"
 POLICIES = list(phi3_ref.DTYPE_POLICIES)
+TRAINABLE = [policy for policy in POLICIES if not policy.endswith("float16") or "bfloat" in policy]
 SAMPLERS = {
     "greedy": lambda: phi3_ref.GreedySampler(),
     "random": lambda: phi3_ref.RandomSampler(seed=1),
@@ -274,6 +276,160 @@ def test_traces(policy, tmp_path):
     saved.save(tmp_path / "trace.safetensors")
     path = str(tmp_path / "trace.safetensors")
     assert phi3_ref.compare(on_host, path, tolerance=0).first is None
+
+
+# Learning -----------------------------------------------------------------------------------------
+
+
+def labelled(inputs, vocabulary_size, seed=5):
+    """Labels for `inputs`, and weights of which some are zero: what a training step takes."""
+    rng, shape = np.random.default_rng(seed), np.shape(inputs["token_ids"])
+    return (inputs, rng.integers(0, vocabulary_size, shape),
+            rng.uniform(0, 2, shape) * (rng.random(shape) < 0.8))
+
+
+def learners(optimizer=None, recompute=False, **arguments):
+    """Two causal LMs alike, on NumPy and on the stand-in, each with an optimizer of its own."""
+    pair_of_models = [phi3_ref.Phi3CausalLM(backbone) for backbone in pair(**arguments)]
+    for causal_lm in pair_of_models:
+        causal_lm.compile(phi3_ref.AdamW(1e-2, **optimizer or {}), recompute=recompute)
+    return pair_of_models
+
+
+def assert_same_trees(on_host, on_device):
+    """Two trees of weights, or of gradients, as `assert_same`; tied embeddings are one array."""
+    pairs = zip(phi3_ref.named_weights(on_host), phi3_ref.named_weights(on_device), strict=True)
+    for (name, array), (other, on_gpu) in pairs:
+        assert name == other
+        assert_same(array, on_gpu)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients(policy, fused, recompute):
+    """Of random models and masks, with dropout; what the host reads are numbers, not arrays."""
+    for seed in range(4):
+        config, inputs = random_case(random.Random(seed).choice)
+        batch_of = labelled(inputs, config["vocabulary_size"])
+        results = []
+        for causal_lm in learners(**config, dtype=policy, fused=fused, dropout=0.3,
+                                  recompute=recompute):
+            cupy_stand_in.transfers.clear()
+            results.append(causal_lm.gradients(*batch_of))
+        assert len(cupy_stand_in.transfers) <= 3 and max(cupy_stand_in.transfers) <= 8
+        assert results[0][0] == results[1][0]
+        assert_same_trees(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_of_other_checkpoints(model):
+    """Su scaling, a sliding window, tied embeddings and a partial rotation."""
+    (loss, on_host), (same, on_device) = (
+        causal_lm.gradients(*labelled(batch(14, 9), 64)) for causal_lm in learners(**MODELS[model]))
+    assert loss == same
+    assert_same_trees(on_host, on_device)
+    tied = on_device["token_embedding"] is on_device["reverse_embedding"]
+    assert tied == (model == "tied")
+
+
+@pytest.mark.parametrize("policy", TRAINABLE)
+def test_taps_on_learning(policy):
+    """Both taps see every array on the device, and what they return is used; so is a Trace."""
+    seen, losses, traces = [], [], []
+    for causal_lm in learners(dtype=policy, dropout=0.3):
+        found = {}
+
+        def tap(name, array, found=found, suffix=""):
+            found[name + suffix] = array
+            return array * 0.5 if name.endswith("attention.scores") else array
+
+        loss, gradients = causal_lm.gradients(
+            *labelled(batch(14, 9), 64), tap=tap,
+            gradient_tap=functools.partial(tap, suffix=".gradient"))
+        losses.append(loss)
+        seen.append(found | dict(phi3_ref.named_weights(gradients)))
+        traces.append(phi3_ref.Trace.record(causal_lm, batch(14, 9), y="next"))
+    assert losses[0] == losses[1] and list(seen[0]) == list(seen[1])
+    assert {"logits.gradient", "transformer_layer_1.attention.dropout"} <= seen[0].keys()
+    for name, array in seen[0].items():
+        assert_same(array, seen[1][name])
+    on_host, on_device = traces
+    assert list(on_host) == list(on_device) and on_host.metadata == on_device.metadata
+    assert "transformer_layer_0.qkv.weight.gradient" in on_host
+    assert phi3_ref.compare(on_host, on_device, tolerance=0).first is None
+
+
+@pytest.mark.parametrize("optimizer", [
+    dict(), dict(weight_decay=None), dict(clipnorm=0.01), dict(global_clipnorm=0.1)],
+    ids=["AdamW", "Adam", "clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("policy", TRAINABLE)
+@pytest.mark.filterwarnings("ignore:bfloat16 weights have 8 bits")
+def test_training_steps(policy, optimizer):
+    """Weights and moments after steps are the host's; of each step it reads numbers alone."""
+    results, moments = [], []
+    for causal_lm in learners(optimizer, dtype=policy, dropout=0.3):
+        logs = []
+        for seed in range(3):
+            cupy_stand_in.transfers.clear()
+            logs.append(causal_lm.train_on_batch(*labelled(batch(14, 9), 64, seed)))
+        results.append((logs, causal_lm.backbone.weights))
+        moments.append(causal_lm.optimizer.moments)
+    assert len(cupy_stand_in.transfers) <= 3 + len(moments[0])
+    assert max(cupy_stand_in.transfers) <= 8
+    assert results[0][0] == results[1][0]
+    assert_same_trees(results[0][1], results[1][1])
+    for name in moments[0]:
+        for on_host, on_device in zip(moments[0][name], moments[1][name], strict=True):
+            assert_same(on_host, on_device)
+
+
+def test_a_graph_is_of_weights_that_learn():
+    """A step of the optimizer in the midst of a text: the graph computes with what it learned."""
+    found, token_ids = [], np.random.default_rng(1).integers(3, 60, (1, 8))
+    for causal_lm in learners():
+        _, cache = causal_lm.next_logits(token_ids, 6)
+        before, _ = causal_lm.next_logits(token_ids, 7, cache)
+        causal_lm.train_on_batch(*labelled(batch(14, 9), 64))
+        after, _ = causal_lm.next_logits(token_ids, 8, cache)
+        found.append([phi3_ref.to_numpy(logits).copy() for logits in (before, after)])
+    np.testing.assert_array_equal(*found)
+
+
+def test_fit_and_evaluate_on_strings(tmp_path):
+    """The embedded preset: history, weights and evaluation; the optimizer's file fits either."""
+    texts, found = ["Reverse cat", "Sort dog", "What is 1 + 2?", "Sort a", "Reverse ab"], []
+    for backend in ("numpy", "cupy"):
+        causal_lm = phi3_ref.Phi3CausalLM.from_preset(PUZZLES, backend=backend, seed=1, dropout=0.1)
+        causal_lm.preprocessor.sequence_length = 20
+        causal_lm.compile(phi3_ref.AdamW(1e-3))
+        history = causal_lm.fit(texts, batch_size=2, epochs=2).history
+        causal_lm.save_optimizer(tmp_path / backend)
+        found.append((causal_lm, history, causal_lm.evaluate(texts, batch_size=2)))
+    (ours, history, mean), (theirs, other_history, other_mean) = found
+    assert history == other_history and mean == other_mean
+    assert_same_trees(ours.backbone.weights, theirs.backbone.weights)
+    assert (tmp_path / "numpy").read_bytes() == (tmp_path / "cupy").read_bytes()
+    theirs.load_optimizer(tmp_path / "numpy")
+    for name, moments in theirs.optimizer.moments.items():
+        for on_host, on_device in zip(ours.optimizer.moments[name], moments, strict=True):
+            assert_same(on_host, on_device)
+    for causal_lm in (ours, theirs):
+        causal_lm.fit(texts, batch_size=3)
+    assert_same_trees(ours.backbone.weights, theirs.backbone.weights)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, which computes with it
+def test_what_is_not_finite_is_named():
+    """By the same name on either side; the weights stay."""
+    messages = []
+    for causal_lm in learners():
+        weight = causal_lm.backbone.weights["transformer_layers"][1]["feedforward_output"]
+        weight[2, 3] = math.inf
+        with pytest.raises(FloatingPointError) as error:
+            causal_lm.train_on_batch(*labelled(batch(14, 9), 64))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "feedforward_output.weight" in messages[0]
 
 
 # Weights and presets ------------------------------------------------------------------------------

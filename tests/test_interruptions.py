@@ -193,6 +193,113 @@ def test_ctrl_c_in_stream_leaves_the_model_usable(count, monkeypatch):
     assert "".join(causal_lm.stream(text)) == expected
 
 
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("function", ["decoder_layer", "decoder_layer_backward", "upcast"])
+def test_ctrl_c_in_fit_leaves_the_model_usable(function, count, monkeypatch):
+    """Wherever it comes: the weights are those after some number of whole steps, and go on."""
+    def learner():
+        causal_lm = tiny(seed=1)
+        causal_lm.preprocessor.sequence_length = 20
+        causal_lm.compile(phi3_ref.AdamW(1e-3), sampler="greedy")
+        return causal_lm
+
+    interrupted, whole = learner(), learner()
+    with monkeypatch.context() as patch:
+        # Within an update, `upcast` is called for each weight; else hundreds of times in a pass.
+        interrupt_at(patch, phi3_ref, function, count * (60 if function == "upcast" else 1))
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit(QUESTIONS, batch_size=2, epochs=3, shuffle=False)
+    steps = interrupted.optimizer.iterations
+    assert 0 <= steps < 12
+    if steps:
+        whole.fit(QUESTIONS * 3, batch_size=2, steps_per_epoch=steps, shuffle=False)
+    for causal_lm in (interrupted, whole):
+        causal_lm.fit(QUESTIONS[:2])
+    for found, expected in zip(
+            interrupted.backbone.get_weights(), whole.backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    prompt = prompts()[0]
+    assert interrupted.generate(prompt, max_length=40) == whole.generate(prompt, max_length=40)
+
+
+FITTER = """
+import signal, sys
+import phi3_ref
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en", seed=1)
+causal_lm.preprocessor.sequence_length = 20
+
+
+def rate(step):
+    if step == 2:
+        print("begun", flush=True)
+    return 1e-3
+
+
+causal_lm.compile(phi3_ref.AdamW(rate))
+try:
+    causal_lm.fit(["Sort dog"] * 100_000, batch_size=2, shuffle=False)
+except KeyboardInterrupt:
+    causal_lm.save_to_preset(sys.argv[1])
+    causal_lm.save_optimizer(sys.argv[1] + "/optimizer.safetensors")
+    print(causal_lm.optimizer.iterations)
+"""
+
+
+def test_ctrl_c_at_a_random_time_leaves_whole_steps(tmp_path):
+    """From outside, as at a terminal: the moments that are saved are of the weights that are."""
+    rng = random.Random(5)
+    for attempt in range(2):
+        directory = tmp_path / str(attempt)
+        with subprocess.Popen([sys.executable, "-c", FITTER, directory], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as fitter:
+            assert fitter.stdout.readline() == "begun\n"
+            time.sleep(rng.uniform(0, 0.3))
+            fitter.send_signal(signal.SIGINT)
+            stdout, stderr = fitter.communicate(timeout=60)
+        assert "fit: interrupted in epoch " in stderr and "Traceback" not in stderr
+        steps = int(stdout)
+        causal_lm = tiny(seed=1)
+        causal_lm.preprocessor.sequence_length = 20
+        causal_lm.compile(phi3_ref.AdamW(1e-3))
+        causal_lm.fit(["Sort dog"] * 2 * steps, batch_size=2, shuffle=False)
+        saved = phi3_ref.Phi3CausalLM.from_preset(directory)
+        saved.load_optimizer(directory / "optimizer.safetensors")
+        assert saved.optimizer.iterations == steps
+        for found, expected in zip(
+                saved.backbone.get_weights(), causal_lm.backbone.get_weights(), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        for name, moments in causal_lm.optimizer.moments.items():
+            np.testing.assert_array_equal(moments, saved.optimizer.moments[name])
+
+
+def test_saving_an_optimizer_that_is_killed_or_has_no_room(tmp_path):
+    """The file that was there stays whole until the new one takes its place."""
+    causal_lm, path = tiny(), tmp_path / "optimizer.safetensors"
+    causal_lm.preprocessor.sequence_length = 20
+    causal_lm.fit(QUESTIONS[:2])
+    causal_lm.save_optimizer(path)
+    before = files_below(tmp_path)
+    code = """
+import resource, signal, sys
+import phi3_ref
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en")
+causal_lm.load_optimizer(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
+try:
+    causal_lm.save_optimizer(sys.argv[1])
+except OSError:
+    print("OSError")
+"""
+    run = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, text=True,
+                         capture_output=True, check=True)
+    assert run.stdout == "OSError\n", run.stderr
+    assert files_below(tmp_path) == before
+
+
 @pytest.mark.parametrize("count", [1, 5, 19])
 def test_ctrl_c_while_loading_leaves_no_file_open(count, monkeypatch, tmp_path):
     """There is no backbone then, and the files are closed."""

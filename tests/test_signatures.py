@@ -2,6 +2,7 @@
 
 import inspect
 
+import keras
 import keras_hub
 import pytest
 
@@ -18,7 +19,9 @@ DIRECTORY = "a directory is called one everywhere here"
 FILE = "a preset has one file of a kind"
 LABELS = "they come from the text: KerasHub takes None alone"
 LAYOUT = "Keras's own layout of a table"
-TRAINING = "the model does not train"
+ONLY = "there is one loss and one metric, KerasHub's own"
+DATA = "beside what it weighs, as in train_on_batch; 32 is what Keras makes of None"
+VALIDATION = "that is `evaluate`"
 # Where ours differ, and why. All that is not listed is alike: names, order and defaults. Arguments
 # that only we have come after KerasHub's, and have defaults.
 DIFFERENT = {
@@ -37,8 +40,14 @@ DIFFERENT = {
     "Phi3CausalLMPreprocessor.save_to_preset": {"preset_dir is directory": DIRECTORY},
     "Phi3CausalLMPreprocessor.__call__": {
         "no y": LABELS, "no sample_weight": LABELS, "sequence_length by name": LABELS},
-    "Phi3CausalLM.compile": {f"no {name}": TRAINING for name in (
-        "optimizer", "loss", "weighted_metrics")},
+    "Phi3CausalLM.compile": {f"no {name}": ONLY for name in ("loss", "weighted_metrics")},
+    "Phi3CausalLM.fit": {
+        "sample_weight by name": DATA, "batch_size by name": DATA, "batch_size=32": DATA,
+        f"x={inspect.Parameter.empty}": "there is nothing to learn without",
+        "no validation_data": VALIDATION, "no validation_split": VALIDATION},
+    "Phi3CausalLM.evaluate": {
+        "sample_weight by name": DATA, "batch_size by name": DATA, "batch_size=32": DATA,
+        f"x={inspect.Parameter.empty}": "there is nothing to evaluate without"},
     "Phi3CausalLM.save_to_preset": {"preset_dir is directory": DIRECTORY},
     "Phi3CausalLM.export_to_transformers": {"path is directory": DIRECTORY},
     "BeamSampler.__init__": {
@@ -94,6 +103,18 @@ def test_signatures_are_kerashubs(name):
             assert set(differences(*pair)) == set(expected), f"{name}.{method}"
             compared += 1
     assert compared >= 2
+
+
+def test_adamws_arguments_are_kerass():
+    """Those that it has: its names, its order, its defaults; and Adam's, but for the decay."""
+    missing = {"amsgrad", "clipvalue", "use_ema", "ema_momentum", "ema_overwrite_frequency",
+               "loss_scale_factor", "gradient_accumulation_steps", "name"}
+    found = set(differences(keras.optimizers.AdamW.__init__, phi3_ref.AdamW.__init__))
+    assert found - {"clipnorm by name", "global_clipnorm by name"} == {f"no {x}" for x in missing}
+    ours, adam = (inspect.signature(cls.__init__).parameters for cls in (
+        phi3_ref.AdamW, keras.optimizers.Adam))
+    for name in ("learning_rate", "beta_1", "beta_2", "epsilon", "clipnorm", "global_clipnorm"):
+        assert ours[name].default == adam[name].default
 
 
 def test_every_difference_is_of_a_method_that_both_have():
