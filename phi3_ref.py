@@ -541,7 +541,8 @@ def dropout(x, rate, rng, tap=no_tap):
     """
     if rng is None or rate == 0:
         return x
-    return dropout_backward(x, rate, tap("dropout", rng.random(x.shape, dtype=np.float32) >= rate))
+    keep = tap("dropout", rng.random(x.shape, dtype=np.float32) >= rate)
+    return (upcast(x) * keep / (1 - rate)).astype(x.dtype, copy=False)
 
 
 def dropout_backward(gradient, rate, keep):
@@ -758,11 +759,10 @@ def token_embedding(weights, config, token_ids):
 def token_embedding_backward(gradient, token_ids, vocabulary_size):
     """Return the gradient of the table, [V, D]: each token's row sums up all its occurrences."""
     xp, rows = get_array_module(gradient), upcast(gradient).reshape(-1, gradient.shape[-1])
-    order = xp.argsort(token_ids.reshape(-1), kind="stable")  # equal ids side by side, then summed
-    ids = token_ids.reshape(-1)[order]
-    starts = xp.flatnonzero(xp.diff(ids, prepend=-1))
+    ids, which = xp.unique(token_ids, return_inverse=True)
+    occurrences = xp.arange(len(ids))[:, None] == which.reshape(-1)  # [distinct ids, B * S]
     table = xp.zeros((vocabulary_size, rows.shape[-1]), rows.dtype)
-    table[ids[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    table[ids] = occurrences.astype(rows.dtype) @ rows  # a sum in a fixed order, on a GPU, too
     return table
 
 
@@ -957,11 +957,12 @@ class AdamW:
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
         self.clipnorm, self.global_clipnorm = clipnorm, global_clipnorm
         self.iterations, self.moments = 0, {}  # steps so far; {name: [m, v]}
+        check_optimizer(self)
 
     def update(self, weights, gradients):
         """Take one step: change `weights` in place; both are dicts as `unfused` makes them."""
         rate = self.learning_rate
-        rate = float(rate(self.iterations) if callable(rate) else rate)
+        rate = check_learning_rate(rate(self.iterations) if callable(rate) else rate)
         self.iterations += 1
         corrections = [1 - beta**self.iterations for beta in (self.beta_1, self.beta_2)]
         step = rate * math.sqrt(corrections[1]) / corrections[0]
@@ -1050,7 +1051,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
 
         return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
-    query = query.reshape(B, S, K, -1, C)
+    query = query.reshape(B, S, K, H // K, C)
     context = xp.empty_like(query)
     for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
         rows = by_head(query[queries]) * C**-0.5  # [b, k, Gs, C]
@@ -1122,7 +1123,7 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
         return textbook_attention_backward(gradient, query, key, value, padding_mask,
                                            sliding_window, tap, probabilities)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
-    query, gradient = (x.reshape(B, S, K, -1, C) for x in (query, gradient))
+    query, gradient = (x.reshape(B, S, K, H // K, C) for x in (query, gradient))
     d_query = xp.empty_like(query)
     d_key, d_value = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)
     for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
@@ -1500,14 +1501,26 @@ def check_tap(tap):
 
 
 def check_optimizer(optimizer):
-    """Raise ValueError unless an AdamW's settings are possible."""
-    for name, value in vars(optimizer).items():
-        none = value is None and name in ("weight_decay", "clipnorm", "global_clipnorm")
-        number = is_number(value) and value >= 0 and (value < 1 or not name.startswith("beta"))
-        require(name in ("iterations", "moments") or none or number
-                or (name == "learning_rate" and callable(value)),
-                f"AdamW's `{name}` must be a number, 0 or more (a beta: less than 1). "
-                f"Received: {value!r}")
+    """Raise ValueError unless an `AdamW`'s settings are possible."""
+    def check(names, valid, what):
+        for name in names.split():
+            value = getattr(optimizer, name)
+            require(valid(value), f"`{name}` must be {what}. Received: {value!r}")
+
+    check("learning_rate", lambda x: callable(x) or (is_number(x) and x >= 0),
+          "a number in [0, inf), or a function of the step")
+    check("beta_1 beta_2", lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)")
+    check("epsilon", lambda x: is_number(x) and x > 0, "a number in (0, inf)")
+    check("weight_decay clipnorm global_clipnorm", lambda x: x is None or (is_number(x) and x >= 0),
+          "None or a number in [0, inf)")  # 0 is none, as in Keras
+    require(optimizer.clipnorm is None or optimizer.global_clipnorm is None,
+            "Of `clipnorm` and `global_clipnorm`, one must be None.")
+
+
+def check_learning_rate(rate):
+    """Return a step's learning rate as a float; ValueError unless it is finite."""
+    require(math.isfinite(rate), f"`learning_rate` must be finite. Received: {rate}")
+    return float(rate)
 
 
 def warn_of_length(config, start, end):
@@ -1520,6 +1533,14 @@ def warn_of_length(config, start, end):
 def to_numpy(array):
     """Return `array` in the host's memory, as a NumPy array."""
     return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def to_array(name, value):
+    """Return `to_numpy(value)`; ValueError that names the argument if it is no array."""
+    try:
+        return to_numpy(value)
+    except ValueError as error:  # rows of unequal length
+        raise ValueError(f"`{name}` must be an array: {error}") from error
 
 
 def load_backend(backend):
@@ -2643,7 +2664,6 @@ class Phi3CausalLM:
             optimizer = AdamW(2e-5, None)
         require(isinstance(optimizer, AdamW),
                 f'`optimizer` must be "auto" or an AdamW. Received: {optimizer!r}')
-        check_optimizer(optimizer)
         require_bool("recompute", recompute)
         self.optimizer, self.sampler, self.recompute = optimizer, sampler, recompute
 
@@ -2852,18 +2872,21 @@ class Phi3CausalLM:
     def labelled(self, x, y=None, sample_weight=None):
         """Return a batch, checked: inputs as a dict, labels, and their weights or None."""
         if y is None:
-            require(self.preprocessor is not None and not isinstance(x, dict),
+            x = [x] if isinstance(x, str) else x
+            require(self.preprocessor is not None and isinstance(x, (list, tuple, np.ndarray))
+                    and all(isinstance(text, str) for text in x),
                     "Without `y`, `x` must be strings, and the model have a preprocessor.")
-            x, y, sample_weight = self.preprocessor([x] if isinstance(x, str) else list(x))
+            require(sample_weight is None, "`sample_weight` needs `y`: that of strings is made.")
+            x, y, sample_weight = self.preprocessor(list(x))
         V = self.backbone.vocabulary_size
         token_ids, padding_mask = check_inputs(x, V)
-        y = to_numpy(y)
+        y = to_array("y", y)
         require(y.shape == token_ids.shape and y.dtype.kind in "iu" and y.size
                 and y.min() >= 0 and y.max() < V,
                 f"`y` must be integers in [0, {V}), of token_ids' shape {token_ids.shape}, not "
                 f"empty. Received: {y.dtype} of shape {y.shape}")
         if sample_weight is not None:
-            sample_weight = to_numpy(sample_weight)
+            sample_weight = to_array("sample_weight", sample_weight)
             require(sample_weight.shape in (y.shape, y.shape[:1]) and sample_weight.dtype.kind in
                     "biuf" and np.isfinite(sample_weight).all(),
                     f"`sample_weight` must be finite numbers of shape {y.shape} or {y.shape[:1]}. "
@@ -2910,6 +2933,7 @@ class Phi3CausalLM:
         loss, _, gradients = self.learn(*batch, training, check_tap(tap), check_tap(gradient_tap))
         return loss, gradients
 
+    @np.errstate(all="ignore")  # what is not finite is one error, below
     def train_on_batch(self, x, y=None, sample_weight=None):
         """Take one step of the optimizer; arguments as for `gradients`, but dropout is applied.
 
@@ -2936,6 +2960,9 @@ class Phi3CausalLM:
         if config.weight_dtype.itemsize == 2 and not self.optimizer.iterations:
             warnings.warn("bfloat16 weights have 8 bits: a step smaller than a 256th of a weight "
                           "is lost. Take mixed_bfloat16.", stacklevel=2)
+        require(all(name in weights and moment.shape == weights[name].shape
+                    for name, (moment, _) in self.optimizer.moments.items()),
+                "The optimizer has learned another model: give `compile` a new one.")
         with uninterrupted():
             self.optimizer.update(weights, gradients)
         return [loss, accuracy]
@@ -2944,27 +2971,26 @@ class Phi3CausalLM:
         """Compute a step again, and raise FloatingPointError at the first tensor not finite."""
         xp = self.backbone.xp
 
-        def look(name, array):
+        def look(name, array, suffix=""):
             if not xp.isfinite(upcast(array)).all():
                 raise FloatingPointError(
                     f"Step {self.optimizer.iterations}: the loss is {loss:.4g}; the first tensor "
-                    f"that is not finite is {name}. The weights are as they were before.")
-            return array
-
-        def look_back(name, array):
-            look(f"{name}.gradient", array)
+                    f"that is not finite is {name}{suffix}. The weights are as they were before.")
             return array
 
         for name, array in named_weights(self.backbone.weights):
-            look(f"{name}.weight", array)
+            look(name, array, ".weight")
         recompute, self.recompute = self.recompute, False
         try:
-            _, _, gradients = self.learn(*batch, True, look, look_back)
+            _, _, gradients = self.learn(*batch, True, look,
+                                         functools.partial(look, suffix=".gradient"))
         finally:
             self.recompute = recompute
         look("the loss", xp.asarray(loss))
         for name, array in named_weights(gradients):
-            look(f"{name}.weight.gradient", array)
+            look(name, array, ".weight.gradient")
+        for name, array in named_weights(gradients):
+            look(name, xp.vdot(array, array), ".weight.gradient's square")
 
     def fit(self, x, y=None, sample_weight=None, batch_size=32, epochs=1, steps_per_epoch=None,
             shuffle=True):
@@ -2992,19 +3018,25 @@ class Phi3CausalLM:
         for name, value in (("batch_size", batch_size), ("epochs", epochs)):
             require_int(name, value)
         require_int("steps_per_epoch", steps_per_epoch, optional=True)
+        require_bool("shuffle", shuffle)
         history = {"loss": [], "sparse_categorical_accuracy": []}
-        for epoch in range(epochs):
-            order = np.random.default_rng([self.backbone.training_seed, self.optimizer.iterations])
-            batches = self.batches(x, y, sample_weight, batch_size, order if shuffle else None)
-            what, steps = f"epoch {epoch + 1}/{epochs}", self.optimizer.iterations
-            try:
+        what, steps = f"epoch 1/{epochs}", self.optimizer.iterations
+        try:
+            for epoch in range(epochs):
+                what, steps = f"epoch {epoch + 1}/{epochs}", self.optimizer.iterations
+                order = np.random.default_rng([self.backbone.training_seed, steps])
+                batches = self.batches(x, y, sample_weight, batch_size, order if shuffle else None)
                 means = self.run(self.train_on_batch, batches, steps_per_epoch, what)
-            except KeyboardInterrupt:
-                print(f"fit: interrupted in {what}, after {self.optimizer.iterations - steps} of "
-                      "its steps; the model is as the last of them left it.", file=sys.stderr)
-                raise
-            for name, mean in zip(history, means, strict=True):
-                history[name].append(mean)
+                if means is None and epoch:
+                    warnings.warn(f"The data ended before {what}.", stacklevel=2)
+                    break
+                require(means, "There is nothing to learn from.")
+                for name, mean in zip(history, means, strict=True):
+                    history[name].append(mean)
+        except KeyboardInterrupt:
+            print(f"fit: interrupted in {what}, after {self.optimizer.iterations - steps} of "
+                  "its steps; the model is as the last of them left it.", file=sys.stderr)
+            raise
         return types.SimpleNamespace(history=history)
 
     def evaluate(self, x, y=None, sample_weight=None, batch_size=32):
@@ -3019,7 +3051,9 @@ class Phi3CausalLM:
 
         require_int("batch_size", batch_size)
         batches = self.batches(x, y, sample_weight, batch_size)
-        return self.run(test_on_batch, batches, None, "evaluate")
+        means = self.run(test_on_batch, batches, None, "evaluate")
+        require(means, "There is nothing to evaluate.")
+        return means
 
     def batches(self, x, y, sample_weight, batch_size, rng=None):
         """Return the number of batches, or None, and an iterable of them, as `labelled` has them.
@@ -3027,12 +3061,21 @@ class Phi3CausalLM:
         `rng`, a random generator, shuffles strings and arrays.
         """
         x = [x] if isinstance(x, str) else x
-        strings = isinstance(x, (list, tuple, np.ndarray)) and all(isinstance(t, str) for t in x)
-        if y is None and not strings and not isinstance(x, dict):
-            return None, (self.labelled(*(batch if isinstance(batch, tuple) else (batch,)))
-                          for batch in x)
-        if y is not None or not strings:
+        require(y is not None or (hasattr(x, "__iter__") and not isinstance(x, dict)),
+                f"Without `y`, `x` must be strings, or batches. Received: {x!r}")
+        require(y is not None or sample_weight is None, "`sample_weight` needs `y`.")
+
+        def batch_of(batch):
+            batch = batch if isinstance(batch, tuple) else (batch,)
+            require(len(batch) <= 3 and not isinstance(batch[0], str),
+                    "A batch in `x` must be a list of strings, or a tuple (x, y) or "
+                    f"(x, y, sample_weight). Received: {batch!r}")
+            return self.labelled(*batch)
+
+        if y is not None:
             x, y, sample_weight = self.labelled(x, y, sample_weight)
+        elif not (hasattr(x, "__len__") and all(isinstance(text, str) for text in x)):
+            return None, map(batch_of, x)
         count = len(x) if y is None else len(y)
         order = np.arange(count) if rng is None else rng.permutation(count)
 
@@ -3048,7 +3091,7 @@ class Phi3CausalLM:
         return -(-count // batch_size), cut()
 
     def run(self, step, batches, most, what):
-        """Call `step` for each batch, at `most` so many; return the means of loss and accuracy."""
+        """Call `step` for each batch, at `most` so many; return means of loss and accuracy, or None."""
         from tqdm import tqdm
 
         total, batches = batches
@@ -3066,10 +3109,9 @@ class Phi3CausalLM:
                                     f"{tokens / (time.perf_counter() - start):,.0f} tokens/s",
                                     refresh=False)
                 bar.update()
-        require(sums[1], "There is nothing to learn from.")
-        if most and total and bar.n < most:
+        if most and 0 < bar.n < most:
             warnings.warn(f"The data ended after {bar.n} of {most} steps.", stacklevel=3)
-        return means
+        return means if bar.n else None
 
     def save_optimizer(self, path):
         """Write the optimizer's state, steps and moments, to a safetensors file; or OSError.
@@ -3086,20 +3128,30 @@ class Phi3CausalLM:
 
     def load_optimizer(self, path):
         """Take up the state that `save_optimizer` wrote; ValueError if it is of another model."""
-        stored, xp, moments = open_safetensors(path, None), self.backbone.xp, {}
+        import safetensors
+
+        xp, moments = self.backbone.xp, {}
+        try:
+            stored = open_safetensors(path, None)
+        except (safetensors.SafetensorError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
         weights = unfused(self.backbone.weights, self.backbone.config)
         names = [f"{name}.{kind}" for name in weights for kind in ("momentum", "velocity")]
         require(set(stored) in ({"iterations"}, {"iterations", *names}),
                 f"{path} has other tensors than this model's: "
                 f"{sorted(set(stored) ^ {'iterations', *names})[:4]} …")
+        steps = stored["iterations"].read()
+        require(steps.shape == () and 0 <= steps < 2**53 and steps % 1 == 0,
+                f"{path}: iterations must be a number of steps. Received: {steps!r}")
         for name, weight in weights.items() if len(stored) > 1 else ():
-            moments[name] = [xp.asarray(stored[f"{name}.{kind}"].read())
-                             for kind in ("momentum", "velocity")]
-            require(all(moment.shape == weight.shape for moment in moments[name]),
-                    f"{path}: {name}'s moments must be {weight.shape}. "
-                    f"Received: {[moment.shape for moment in moments[name]]}")
-        self.optimizer.iterations = int(stored["iterations"].read())
-        self.optimizer.moments = moments
+            dtype, moments[name] = upcast(weight[:0]).dtype, []
+            for kind in ("momentum", "velocity"):
+                array = stored[f"{name}.{kind}"].read()
+                require(array.shape == weight.shape and array.dtype == dtype and is_finite(array),
+                        f"{path}: {name}.{kind} must be finite {dtype} of shape {weight.shape}. "
+                        f"Received: {array.dtype} of shape {array.shape}")
+                moments[name].append(xp.asarray(array))
+        self.optimizer.iterations, self.optimizer.moments = int(steps), moments
 
 
 @contextlib.contextmanager
@@ -3108,14 +3160,17 @@ def uninterrupted():
     if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
         yield
         return
-    signals = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: signals.append(arguments))
+    signals, before = [], signal.getsignal(signal.SIGINT)
+    if before is None:  # not Python's: it could not be put back
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: signals.append(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if signals and callable(before):
-            before(*signals[0])
+        if signals:
+            signal.raise_signal(signal.SIGINT)  # for whoever handles it, or ignores it
 
 
 # ---- Instruments: traces and comparison ----------------------------------------------------------

@@ -10,7 +10,7 @@ STORY = SOURCE[: SOURCE.index("# ==== Here the story ends")]
 # The fast twins stand after the model, and what checks arguments in the appendix: one call each.
 AHEAD = {"functions_for": {"linear", "rms_norm", "attention", "attention_backward"},
          "Phi3Config": {"check_config"}, "KVCache": {"check_room"}, "forward": {"check_cache"},
-         "rms_norm": {"check_rms_norm"},
+         "rms_norm": {"check_rms_norm"}, "AdamW": {"check_optimizer", "check_learning_rate"},
          "attention": {"check_attention"}, "attention_backward": {"check_attention"}}
 
 
