@@ -133,7 +133,7 @@ def time_generate(causal_lm, prompts, new):
             times.append(time.perf_counter())
             return super().get_next_token(probabilities)
 
-    causal_lm.compile(Clock())
+    causal_lm.compile(sampler=Clock())
     times.append(time.perf_counter())
     causal_lm.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=None)
     return np.diff(times).tolist()
@@ -371,7 +371,7 @@ def check_peer(backbone, prefill, decode):
 
     import phi3_ref
     causal_lm, S = phi3_ref.Phi3CausalLM(backbone), 150  # more than one of attention's blocks
-    causal_lm.compile("greedy")
+    causal_lm.compile(sampler="greedy")
     prompt = random_tokens(backbone.get_config(), 1, S)
     inputs = {"token_ids": np.pad(prompt, ((0, 0), (0, NEW))),
               "padding_mask": np.arange(S + NEW)[None] < S}
