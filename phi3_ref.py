@@ -2970,12 +2970,13 @@ class Phi3CausalLM:
     def find_not_finite(self, batch, loss):
         """Compute a step again, and raise FloatingPointError at the first tensor not finite."""
         xp = self.backbone.xp
+        found = f"the loss is {loss}" if not math.isfinite(loss) else "a weight's gradient is bad"
 
         def look(name, array, suffix=""):
             if not xp.isfinite(upcast(array)).all():
                 raise FloatingPointError(
-                    f"Step {self.optimizer.iterations}: the loss is {loss:.4g}; the first tensor "
-                    f"that is not finite is {name}{suffix}. The weights are as they were before.")
+                    f"Step {self.optimizer.iterations}: {found}; the first tensor that is not "
+                    f"finite is {name}{suffix}. The weights are as they were before.")
             return array
 
         for name, array in named_weights(self.backbone.weights):
@@ -3091,7 +3092,7 @@ class Phi3CausalLM:
         return -(-count // batch_size), cut()
 
     def run(self, step, batches, most, what):
-        """Call `step` for each batch, at `most` so many; return means of loss and accuracy, or None."""
+        """Call `step` for each batch, at `most` so many; return mean loss and accuracy, or None."""
         from tqdm import tqdm
 
         total, batches = batches
