@@ -221,7 +221,7 @@ def transformers_trace(model, token_ids, padding_mask=None, y=None, sample_weigh
     assert set(by_name) == set(ours.values())
     for name, theirs in ours.items():
         keep([f"{name}.weight.gradient"], [by_name[theirs]])
-    trace.metadata["loss"] = float(loss)
+    trace.metadata["loss"] = loss.item()
     return trace
 
 
