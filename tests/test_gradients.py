@@ -191,9 +191,9 @@ def loss_of(weights, config, token_ids, y, sample_weight, mask, seed):
     return (losses * (1 if sample_weight is None else sample_weight)).sum() / y.size
 
 
-@settings(max_examples=ref.examples(60))
-@given(data=st.data())
-def test_the_oracle_agrees_with_central_differences(data):
+@settings(max_examples=ref.examples(120))
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_oracle_agrees_with_central_differences(seed):
     """Of every array, in a random direction: 1e-7 of its gradient's largest value.
 
     (And 1e-11, the loss's own rounding divided by the step.)
@@ -201,8 +201,9 @@ def test_the_oracle_agrees_with_central_differences(data):
     Tied embeddings, partial rotary, windows, su scaling, padding, GQA, one position, one head, a
     vocabulary of one, dropout, no weight at all, recomputed layers: all of them, in any mixture.
     """
-    case = weights, config, *_ = oracle(chooser(data))
-    recompute = data.draw(st.booleans())
+    choose = random.Random(seed).choice  # more kinds of models than Hypothesis draws one by one
+    case = weights, config, *_ = oracle(choose)
+    recompute = choose([False, True])
     loss, _, gradients = phi3_ref.loss_and_gradients(*case, recompute=recompute)
     assert loss == pytest.approx(loss_of(*case), 1e-12, 1e-12)
     gradients, rng = phi3_ref.unfused(gradients, config), np.random.default_rng(0)
