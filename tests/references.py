@@ -21,6 +21,9 @@ TOLERANCE["mixed_float16"] = TOLERANCE["float16"]
 TOLERANCE["mixed_bfloat16"] = TOLERANCE["bfloat16"]
 NUMPY_DTYPE = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 EPSILON = {name: float(ml_dtypes.finfo(dtype).eps) for name, dtype in NUMPY_DTYPE.items()}
+GRADIENT_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
+GRADIENT_TOLERANCE["mixed_float16"] = GRADIENT_TOLERANCE["float16"]
+GRADIENT_TOLERANCE["mixed_bfloat16"] = GRADIENT_TOLERANCE["bfloat16"]
 
 
 def examples(number):
@@ -46,6 +49,88 @@ def relative_error(ours, reference, mask=None):
     if not np.any(ours) and not np.any(reference):
         return 0.0
     return np.abs(ours - reference).max() / np.abs(reference).max()
+
+
+def random_labels(choose, vocabulary_size, padding_mask):
+    """Returns (y, sample_weight), labels and their weights, for inputs of this padding mask.
+
+    The weights are None, any numbers, the mask, or all zero; `choose` is `random_case`'s.
+    """
+    rng, kind = np.random.default_rng(choose(list(range(100)))), choose(["none", "any", "mask"])
+    shape = np.shape(padding_mask)
+    kind = choose([kind] * 9 + ["zeros"])
+    weights = {"none": None, "any": rng.uniform(0, 2, shape), "mask": np.array(padding_mask, float),
+               "zeros": np.zeros(shape)}[kind]
+    return (rng.integers(0, vocabulary_size, shape),
+            None if weights is None else weights.astype("float32"))
+
+
+def gradient_noise(trace, config):
+    """Returns {name: by how much rounding alone may change the largest of these gradients}.
+
+    Of those inside attention, which may be small differences: p' = g v is a sum whose terms cancel,
+    and s'_j = p_j (p'_j - sum p'_i p_i) is zero where all p' are equal; what is left then is the
+    rounding of the p' and the p. So it is measured by what is added up, not by what remains.
+
+    Args:
+        trace: a Trace with gradients.
+        config: its Phi3Config.
+    """
+    unit = float(ml_dtypes.finfo(config.compute_dtype).eps)
+    wide = float(np.finfo("float32").eps) if unit > 1e-10 else unit
+    heads, groups = config.num_query_heads, config.num_query_heads // config.num_key_value_heads
+    scale, noise = config.head_dim ** -0.5, {}
+    length = len(trace["token_embedding"][0])
+    turn = np.abs(config.rotary(np.arange(length), config.uses_long_factors(length))).sum(0).max()
+    for i in range(config.num_layers):
+        path = f"transformer_layer_{i}.attention"
+        array = {name: np.abs(np.asarray(trace[f"{path}.{name}"], "float64"))
+                 for name in ("probabilities", "probabilities.gradient", "query_rotary",
+                              "key_rotary", "value", "context.gradient")}
+        key, value = (np.repeat(array[x], groups, axis=2) for x in ("key_rotary", "value"))
+        p, dp = array["probabilities"], array["probabilities.gradient"]             # [B, H, S, T]
+        size = np.einsum("bshc,bthc->bhst", array["context.gradient"], value)
+        noise[f"{path}.probabilities.gradient"] = 4 * unit * size.max(initial=0)
+        others = np.abs(1 - p) * size + (p * size).sum(-1, keepdims=True) - p * size
+        mean = (p * dp).sum(-1, keepdims=True)
+        terms = 4 * p * (unit * others + wide * (dp + mean))          # `others` is 0 where p is 1
+        query = np.einsum("bhst,bthc->bshc", terms, key) * scale
+        key = np.einsum("bhst,bshc->bthc", terms, array["query_rotary"]) * scale
+        key = key.reshape(*key.shape[:2], heads // groups, groups, -1).sum(3)
+        for name, value, factor in (("scores", terms, 1), ("query_rotary", query, 1),
+                                    ("key_rotary", key, 1), ("query", query, turn),
+                                    ("key", key, turn)):
+            noise[f"{path}.{name}.gradient"] = factor * value.max(initial=0)
+    return noise
+
+
+def gradients_beyond(theirs, ours, exact, config, factor=1):
+    """Returns the rows of `compare(theirs, ours)` that are beyond the tolerance of gradients.
+
+    Three Traces with gradients: another implementation's, ours, and ours in float64. Within are,
+    besides what `compare` says: what `gradient_noise` may have changed; and, where the reference
+    itself is more than half the tolerance from float64, what is at most twice as far from it.
+    `factor` times the tolerance is allowed.
+    """
+    import phi3_ref
+    noise, beyond = gradient_noise(exact, config), []
+    for name, size in gradient_noise(theirs, config).items():
+        noise[name] = max(noise[name], size)
+
+    def error(a, b):
+        return np.abs(np.asarray(a, "float64") - np.asarray(b, "float64")).max(initial=0)
+
+    for row in phi3_ref.compare(theirs, ours).rows:
+        name, within = row.name, row.relative_error <= factor * row.tolerance
+        if ".gradient" in name and not within:
+            assert row.tolerance == GRADIENT_TOLERANCE[row.dtype]
+            its = error(theirs[name], exact[name])
+            far = its > factor * row.tolerance / 2 * np.abs(exact[name]).max()
+            within = row.max_error <= noise.get(name, 0) or (
+                far and error(ours[name], exact[name]) <= 2 * its)
+        if ".gradient" in name and not within:
+            beyond.append(row)
+    return beyond
 
 
 def no_larger(ours, theirs):
@@ -253,6 +338,43 @@ def keras_errors(dtype, seeds):
     return rows
 
 
+def weight_gradients(trace):
+    """Returns {name: gradient} of the weights, of a trace with gradients."""
+    return {name.removesuffix(".weight.gradient"): array for name, array in trace.items()
+            if name.endswith(".weight.gradient")}
+
+
+def gradient_errors(ours, exact, reference):
+    """Returns a row as `keras_errors` does, of the worst of all weights' gradients.
+
+    `ours` and `exact` are trees of gradients, `reference` is a dict.
+    """
+    import phi3_ref
+    ours, exact = dict(phi3_ref.named_weights(ours)), dict(phi3_ref.named_weights(exact))
+    assert set(ours) == set(exact) == set(reference)
+    return [max(relative_error(a[name], b[name]) for name in ours)
+            for a, b in ((ours, reference), (ours, exact), (reference, exact))]
+
+
+def keras_gradient_errors(dtype, seeds):
+    """Returns what `keras_errors` does, of the gradients of all weights."""
+    from reference_traces import keras_trace
+
+    import phi3_ref
+    rows = []
+    for seed in seeds:
+        choose = random.Random(seed).choice
+        config, inputs = random_case(choose, num_layers=3)
+        y, sample_weight = random_labels(choose, config["vocabulary_size"], inputs["padding_mask"])
+        model = keras_backbone(config, dtype, seed)
+        reference = weight_gradients(keras_trace(model, inputs, y, sample_weight))
+        ours, exact = (
+            phi3_ref.Phi3CausalLM(ours_like(model, d)).gradients(inputs, y, sample_weight)[1]
+            for d in (dtype, "float64"))
+        rows.append(gradient_errors(ours, exact, reference))
+    return rows
+
+
 # transformers ------------------------------------------------------------------------------------
 
 TINY_HUGGINGFACE = dict(
@@ -347,4 +469,27 @@ def transformers_errors(dtype, seeds):
                 for d in (dtype, "float64"))
         rows.append([relative_error(ours, reference), relative_error(ours, exact),
                      relative_error(reference, exact)])
+    return rows
+
+
+def transformers_gradient_errors(dtype, seeds):
+    """Returns what `keras_errors` does, of the gradients of all weights, against transformers."""
+    from reference_traces import transformers_trace
+
+    import phi3_ref
+    rows = []
+    for seed in seeds:
+        choose = random.Random(seed).choice
+        config, token_ids = random_huggingface(choose)
+        y, sample_weight = random_labels(choose, config["vocab_size"], np.ones(token_ids.shape))
+        model = transformers_model(config, dtype, seed)
+        model.model.embed_tokens.padding_idx = None  # whose row torch gives no gradient
+        reference = weight_gradients(
+            transformers_trace(model, token_ids, None, y, sample_weight))
+        with tempfile.TemporaryDirectory() as directory:
+            write_huggingface(model, directory)
+            ours, exact = (
+                phi3_ref.Phi3CausalLM.from_preset(directory, dtype=d).gradients(
+                    {"token_ids": token_ids}, y, sample_weight)[1] for d in (dtype, "float64"))
+        rows.append(gradient_errors(ours, exact, reference))
     return rows

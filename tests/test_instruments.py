@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import types
 from unittest import mock
 
 import ml_dtypes
@@ -104,6 +105,44 @@ def test_names_sort_in_execution_order():
     names = [*shapes, "own", *(f"{name}@1" for name in shapes), "logits@2", "logits@10"]
     shuffled = random.Random(0).sample(names, len(names))
     assert shuffled != names and sorted(shuffled, key=phi3_ref.execution_order) == names
+
+
+# The weights, after the tensor whose gradient leads to the weight's.
+WEIGHT_AFTER = {"attention.query": "qkv", "feedforward_gate": "feedforward_gate_intermediate",
+                "logits": "reverse_embedding"}
+
+
+def test_gradients_sort_in_the_order_of_the_backward_pass():
+    """After all of the forward pass, from last to first, each followed by that of its weight."""
+    backbone = tiny(num_layers=12).backbone
+    forward = list(ref.tap_shapes(backbone.config, 1, 4))
+    weights, names = dict(phi3_ref.named_weights(backbone.weights)), list(forward)
+    for name in reversed(forward):
+        layer, _, part = name.partition(".")
+        weight = WEIGHT_AFTER.get(part or layer, part or layer)
+        weight = f"{layer}.{weight}" if part else weight
+        names.append(f"{name}.gradient")
+        if weight in weights:
+            names.append(f"{weight}.weight.gradient")
+    assert {name for name in names if ".weight." in name} == {
+        f"{name}.weight.gradient" for name in weights}
+    names += ["own.gradient"]
+    shuffled = random.Random(0).sample(names, len(names))
+    assert sorted(shuffled, key=phi3_ref.execution_order) == names
+    again = [f"{name}@1" for name in forward]
+    assert sorted(again + names, key=phi3_ref.execution_order) == names + again
+
+
+def test_gradients_are_recorded_as_they_are_computed():
+    """Tensors and their gradients in the order of the two passes, then the weights' gradients."""
+    causal_lm = tiny(dtype="mixed_bfloat16")
+    trace = phi3_ref.Trace.record(causal_lm, INPUTS, y="next")
+    weights = [f"{name}.weight.gradient"
+               for name, _ in phi3_ref.named_weights(causal_lm.backbone.weights)]
+    assert list(trace) == [*NAMES, *(f"{name}.gradient" for name in reversed(NAMES)), *weights]
+    assert {array.dtype.name for array in trace.values()} == {"bfloat16"}
+    for name in NAMES:
+        assert trace[f"{name}.gradient"].shape == trace[name].shape
 
 
 # Patching and replaying --------------------------------------------------------------------------
@@ -401,6 +440,54 @@ def test_record_takes_prompts_and_ids():
         phi3_ref.Trace.record(tiny(), "Sort cab")
 
 
+def test_the_next_tokens_as_labels(tmp_path):
+    """`y="next"` is what follows, weighted 1 where something does; all of it is in the metadata."""
+    causal_lm, inputs = tiny(), batch(7, 4, room=9)
+    inputs["padding_mask"][1, 0] = False  # padding on the left: it foresees nothing either
+    trace = phi3_ref.Trace.record(causal_lm, inputs, y="next")
+    y = np.concatenate([inputs["token_ids"][:, 1:], inputs["token_ids"][:, :1]], axis=1)
+    weights = np.zeros((2, 9))
+    weights[0, :6] = weights[1, 1:3] = 1
+    explicit = phi3_ref.Trace.record(causal_lm, inputs, y=y, sample_weight=weights)
+    assert_equal(trace, explicit)
+    assert trace.metadata == explicit.metadata
+    assert trace.metadata["sample_weight"] == weights.tolist()
+    loss, gradients = causal_lm.gradients(inputs, y, weights, training=False)
+    assert trace.metadata["loss"] == pytest.approx(loss, 1e-6)
+    for name, g in phi3_ref.named_weights(gradients):
+        assert ref.relative_error(trace[f"{name}.weight.gradient"], g) <= 1e-5, name
+    trace.save(tmp_path / "trace.safetensors")
+    loaded = phi3_ref.Trace.load(tmp_path / "trace.safetensors")
+    assert set(loaded) == set(trace) and loaded.metadata == trace.metadata
+    assert list(loaded) == sorted(trace, key=phi3_ref.execution_order)
+    for name in trace:
+        np.testing.assert_array_equal(loaded[name], trace[name])
+
+
+def test_gradients_of_a_prompt():
+    """Strings are labelled, too; patterns choose among gradients; without `y` there are none."""
+    causal_lm = puzzles()
+    trace = phi3_ref.Trace.record(causal_lm, ["Sort cab", "Sort"], "*logits*", y="next")
+    assert list(trace) == ["logits", "logits.gradient"]
+    assert trace.metadata["sample_weight"] == [[1] * 9 + [0], [1] * 5 + [0] * 5]
+    assert not trace["logits.gradient"][1, 5:].any()
+    only = phi3_ref.Trace.record(causal_lm, "Sort cab", "*.weight.gradient", y="next")
+    assert len(only) == 3 + 6 * causal_lm.backbone.num_layers
+    assert not any(name.endswith("gradient") for name in phi3_ref.Trace.record(causal_lm, "Sort"))
+
+
+def test_a_gradient_tap_that_returns_nothing_is_refused():
+    """And what it returns is used instead: zeros for a layer's gradient stop all before it."""
+    causal_lm, y = tiny(), INPUTS["token_ids"]
+    with pytest.raises(ValueError, match="returned None for 'logits'"):
+        causal_lm.gradients(INPUTS, y, gradient_tap=lambda name, array: None)
+    _, gradients = causal_lm.gradients(INPUTS, y, gradient_tap=lambda name, array: (
+        array * 0 if name == "transformer_layer_0" else array))
+    stopped = {name for name, g in phi3_ref.named_weights(gradients) if not g.any()}
+    assert stopped == {"token_embedding", *(
+        f"transformer_layer_0.{part}" for part in gradients["transformer_layers"][0])}
+
+
 def test_a_large_trace_is_announced():
     """Once, where it grows beyond 1 GB: what is kept counts, in the dtype that it is kept in."""
     trace = phi3_ref.Trace("*.scores", dtype="float16")
@@ -609,6 +696,80 @@ def test_a_planted_bug_is_found_where_it_is(bug, name, tmp_path):
     assert comparison.first.max_error == worst.max() == worst[comparison.first.index]
     assert comparison.first.values == (ours[name][comparison.first.index],
                                        theirs[name][comparison.first.index])
+
+
+# Planted bugs in a port's backward pass: ours, with one derivative that is wrong ------------------
+
+
+def transposed(right):
+    """A square weight's gradient is not transposed: its shape does not tell."""
+    def linear_backward(gradient, x, weight):
+        x_gradient, weight_gradient = right.linear_backward(gradient, x, weight)
+        square = weight.shape[0] == weight.shape[1]
+        return x_gradient, weight_gradient.T if square else weight_gradient
+    return {"linear_backward": linear_backward}
+
+
+def the_groups_first_head(right):
+    """Keys get the gradient of the first query head that reads them, not the sum over all."""
+    def backward(gradient, query, key, value, *rest):
+        groups = query.shape[2] // key.shape[2]
+        query_gradient, _, value_gradient = right.textbook_attention_backward(
+            gradient, query, key, value, *rest)
+        rest = *rest[:2], phi3_ref.no_tap, *rest[3:]
+        by_head = right.textbook_attention_backward(
+            gradient, query, np.repeat(key, groups, axis=2), np.repeat(value, groups, axis=2),
+            *rest)
+        return query_gradient, by_head[1][:, :, ::groups], value_gradient
+    return {"textbook_attention_backward": backward}
+
+
+def without_projection(right):
+    """RMSNorm as if its root mean square were a constant."""
+    def rms_norm_backward(gradient, x, scale, epsilon):
+        r = ((x * x).mean(axis=-1, keepdims=True) + epsilon) ** 0.5
+        return gradient * scale / r, right.rms_norm_backward(gradient, x, scale, epsilon)[1]
+    return {"rms_norm_backward": rms_norm_backward}
+
+
+def rotated_on(right):
+    """The gradient is rotated as the forward rotates, and not back."""
+    return {"rotary_embedding_backward": right.rotary_embedding}
+
+
+def mean_of_weights(right):
+    """The loss is divided by the sum of the weights, not by the number of labels."""
+    def cross_entropy(logits, labels, sample_weight):
+        loss, gradient = right.cross_entropy(logits, labels, sample_weight)
+        factor = labels.size / sample_weight.sum()
+        return loss * factor, gradient * factor
+    return {"cross_entropy": cross_entropy}
+
+
+@pytest.mark.parametrize("bug, name", [
+    (transposed, "transformer_layer_1.attention_output.weight.gradient"),
+    (the_groups_first_head, "transformer_layer_1.attention.key_rotary.gradient"),
+    (without_projection, "transformer_layer_1.gradient"),
+    (rotated_on, "transformer_layer_1.attention.key.gradient"),
+    (mean_of_weights, "logits.gradient")])
+def test_a_bug_in_a_backward_pass_is_found_where_it_is(bug, name, monkeypatch):
+    """`compare` with KerasHub names the very gradient that a bug spoils first, and none without."""
+    model = ref.keras_backbone(TINY)
+    inputs = batch(7, 5, room=7)
+    inputs["padding_mask"] = inputs["padding_mask"].astype("int32")
+    y = np.random.default_rng(2).integers(0, 29, (2, 7))
+    weights = inputs["padding_mask"].astype("float32")
+    theirs = keras_trace(model, inputs, y, weights)
+    port = phi3_ref.Phi3CausalLM(ref.ours_like(model))
+    right = phi3_ref.Trace.record(port, inputs, y=y, sample_weight=weights)
+    assert phi3_ref.compare(theirs, right).first is None
+    functions = types.SimpleNamespace(**vars(phi3_ref))
+    for function, replacement in bug(functions).items():
+        monkeypatch.setattr(phi3_ref, function, replacement)
+    wrong = phi3_ref.Trace.record(port, inputs, y=y, sample_weight=weights)
+    comparison = phi3_ref.compare(theirs, wrong)
+    assert comparison.first.name == name
+    assert name in str(comparison).splitlines()[-1]
 
 
 def test_a_norm_that_scales_after_the_cast(tmp_path):
