@@ -499,8 +499,10 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
 
     d_value = matmul(p.swapaxes(2, 3), d_context)  # of context = p v; [B, K, T, C]
     d_p = tap("probabilities", matmul(d_context, value).reshape(B, H, S, T))
-    d_s = softmax_backward(upcast(d_p), upcast(probabilities)).astype(query.dtype, copy=False)
-    d_s = tap("scores", d_s).reshape(p.shape)
+    wide_p = upcast(probabilities)  # rounded, they no longer add up to 1, on which s' relies
+    total = wide_p.sum(axis=-1, keepdims=True)
+    d_s = softmax_backward(upcast(d_p), wide_p / (total + (total == 0)))
+    d_s = tap("scores", d_s.astype(query.dtype, copy=False)).reshape(p.shape)
     d_query = matmul(d_s, key) * scale  # of s = q k^T; [B, K, GS, C]
     d_key = matmul(d_s.swapaxes(2, 3), query)  # [B, K, T, C]
     d_query = d_query.reshape(B, K, H // K, S, C).transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
@@ -608,8 +610,9 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     seen = key, value, padding_mask, config.sliding_window  # what attention takes after the query
     if cache is not None:
         seen = cache.append(index, key, value)  # the same, with the keys and values of before
-    # Who looks sees inside of attention; a tape does not, for there it would have to keep S x T.
-    look = prefixed(tap.looking if isinstance(tap, Tape) else tap, "attention")
+    # Who looks sees inside of attention. A tape alone does not: it would have to keep S x T.
+    blind = isinstance(tap, Tape) and tap.looking is no_tap
+    look = no_tap if blind else prefixed(tap, "attention")
     context = tap("attention.context", attention(query, *seen, look))
     context = dropout(context, config.dropout, rng, prefixed(tap, "attention"))  # as KerasHub's
     output = linear(context.reshape(B, S, H * C), weights["attention_output"])
@@ -880,8 +883,8 @@ def cross_entropy(logits, labels, sample_weight=None):
     Source: Keras's `SparseCategoricalCrossentropy(from_logits=True)`.
     """
     xp, N, wide = get_array_module(logits), labels.size, upcast(logits)
-    share = xp.full((N, 1), 1 / N) if sample_weight is None else sample_weight.reshape(N, 1) / N
-    share = share.astype(wide.dtype)  # w / N
+    share = xp.ones(N) if sample_weight is None else sample_weight
+    share = share.astype(wide.dtype).reshape(N, 1) / N  # w / N
     own = xp.arange(N), labels.reshape(N)  # each position's label
     x = wide.reshape(N, -1) - wide.reshape(N, -1).max(axis=-1, keepdims=True)  # see `softmax`
     of_label = x[own]
@@ -1519,8 +1522,9 @@ def check_optimizer(optimizer):
 
 def check_learning_rate(rate):
     """Return a step's learning rate as a float; ValueError unless it is finite."""
+    rate = float(rate)  # a schedule of Keras's gives a tensor
     require(math.isfinite(rate), f"`learning_rate` must be finite. Received: {rate}")
-    return float(rate)
+    return rate
 
 
 def warn_of_length(config, start, end):
@@ -2903,7 +2907,7 @@ class Phi3CausalLM:
         seed = (backbone.training_seed, 1, self.optimizer.iterations) if training else None
         loss, accuracy, gradients = loss_and_gradients(
             backbone.weights, backbone.config, xp.asarray(token_ids), xp.asarray(y),
-            None if sample_weight is None else xp.asarray(sample_weight, np.float32),
+            None if sample_weight is None else xp.asarray(sample_weight, np.float64),
             None if padding_mask.all() else xp.asarray(padding_mask), seed, self.recompute, tap,
             gradient_tap)
         return float(loss), float(accuracy), gradients
@@ -3046,7 +3050,7 @@ class Phi3CausalLM:
             logits, xp = self(x), self.backbone.xp
             y = xp.asarray(y)
             if sample_weight is not None:
-                sample_weight = xp.asarray(sample_weight, np.float32)
+                sample_weight = xp.asarray(sample_weight, np.float64)
             loss, _ = cross_entropy(logits, y, sample_weight)
             return float(loss), float(sparse_categorical_accuracy(logits, y, sample_weight))
 

@@ -143,7 +143,7 @@ for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", 
     setattr(ndarray, name, on_device(getattr(np.ndarray, name)))
 ndarray.T = property(ndarray.transpose)
 
-for name in ("arange", "broadcast_to", "concatenate", "cos", "diff", "divide", "empty_like", "exp",
+for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "empty_like", "exp",
              "full", "isfinite", "log", "maximum", "moveaxis", "ones", "sin", "take_along_axis",
              "vdot", "zeros_like"):
     globals()[name] = on_device(getattr(np, name))
@@ -188,12 +188,12 @@ def argsort(a, axis=-1, kind=None):
     return on_device(np.argsort)(a, axis=axis, kind="stable")
 
 
-def flatnonzero(a):
-    """The places of what is not zero; the host reads how many there are."""
-    found = on_device(np.flatnonzero)(a)
+def unique(ar, return_inverse=False):
+    """The distinct elements; the host reads how many there are."""
     refuse_while_capturing()
     transfers.append(8)
-    return found
+    found = np.unique(unwrap(ar), return_inverse=return_inverse)
+    return tuple(map(ndarray, found)) if return_inverse else ndarray(found)
 
 
 def matmul(a, b):

@@ -289,7 +289,7 @@ BAD_TEXTS = {
     "a number among them": (["Sort a", 3], None, "strings"),
     "bytes": ([b"Sort a"], None, "strings"),
     "weights, which are made of the texts": (["Sort a"], np.ones(1), "`sample_weight`"),
-    "nothing": ([], None, "nothing to learn|not empty"),
+    "nothing": ([], None, "nothing to|not empty"),
 }
 
 
