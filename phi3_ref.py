@@ -514,14 +514,8 @@ def silu_backward(gradient, x):
 def dropout(x, rate, rng, tap=no_tap):
     """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
-    Args:
-        x: any shape.
-        rate: float in [0, 1).
-        rng: a random generator of the module of `x`, in training; None leaves `x` as it is.
-        tap: called with "dropout", bool like `x`, where something is dropped: what is kept.
-
-    Returns:
-        Like `x`.
+    `rng` is a random generator of the module of `x`, in training; None leaves `x` as it is. The tap
+    is called with "dropout", bool like `x`: what is kept.
     """
     if rng is None or rate == 0:
         return x
@@ -757,6 +751,11 @@ def reverse_embedding(weights, config, hidden_states):
     return linear(hidden_states, cast(weights["reverse_embedding"], config))
 
 
+def layer_rng(array, seed, i):
+    """Return the random generator of layer i's dropout, on the device of `array`; or None."""
+    return None if seed is None else get_array_module(array).random.default_rng([*seed, i])
+
+
 def forward(weights, config, token_ids, padding_mask=None, cache=None, total=None, seed=None,
             tap=no_tap, tapes=None, recompute=False):
     """Compute the hidden states of token ids, all at once or the next ones of a cached sequence.
@@ -805,11 +804,6 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
     _, rms_norm, *_ = functions_for(config)
     scale = cast(weights["sequence_output_layernorm"], config)
     return tap("sequence_output_layernorm", rms_norm(x, scale, config.layer_norm_epsilon))
-
-
-def layer_rng(array, seed, i):
-    """Return the random generator of layer i's dropout, on the device of `array`; or None."""
-    return None if seed is None else get_array_module(array).random.default_rng([*seed, i])
 
 
 def backward(gradient, weights, config, token_ids, padding_mask, seed, tapes, tap=no_tap):
@@ -918,6 +912,7 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
     return loss, accuracy, gradients | {"reverse_embedding": projection}
 
 
+@dataclasses.dataclass(eq=False)
 class AdamW:
     """Adam: each weight steps against its gradient's mean, in units of that gradient's usual size.
 
@@ -926,21 +921,21 @@ class AdamW:
     Then w -= learning_rate (m / (v^(1/2) + epsilon) + weight_decay w). (As Keras has it, epsilon
     stands beside the v^(1/2) that is still too small.)
 
-    Args:
-        learning_rate: float, or a function of the number of steps that were taken before.
-        weight_decay: float, or None for Adam.
-        beta_1, beta_2, epsilon: floats.
-        clipnorm: float or None; a longer gradient (of one array of `unfused`) is cut to this norm.
-        global_clipnorm: float or None; the same, of all together.
+    Raises:
+        ValueError: a value is impossible.
 
     Source: https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101; Keras's `AdamW`.
     """
 
-    def __init__(self, learning_rate=0.001, weight_decay=0.004, beta_1=0.9, beta_2=0.999,
-                 epsilon=1e-7, clipnorm=None, global_clipnorm=None):
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
-        self.clipnorm, self.global_clipnorm = clipnorm, global_clipnorm
+    learning_rate: float = 0.001  # or a function of the number of steps that were taken before
+    weight_decay: float | None = 0.004  # None is Adam
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-7
+    clipnorm: float | None = None  # a longer gradient, of one array of `unfused`, is cut to this
+    global_clipnorm: float | None = None  # the same, of all gradients together
+
+    def __post_init__(self):
         self.iterations, self.moments = 0, {}  # steps so far; {name: [m, v]}
         check_optimizer(self)
 
