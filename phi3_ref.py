@@ -1011,37 +1011,6 @@ def rms_norm(x, scale, epsilon):
     return textbook_rms_norm(x, scale, epsilon)
 
 
-def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
-    """Compute `textbook_attention` without ever holding the score matrix, unless a tap asks for it.
-
-    Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
-    time: memory grows with T, not with S x T, and of a prompt's products about half are never
-    computed. Inside a block everything is float32 (float64 for the oracle), rounded at the end.
-
-    Raises:
-        ValueError: the shapes do not fit together.
-
-    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea; it cuts keys, too.
-    """
-    check_attention(query, key, value, padding_mask, sliding_window)
-    if tap is not no_tap:
-        return textbook_attention(query, key, value, padding_mask, sliding_window, tap)
-    if has_kernel(query):
-        import kernels_cuda
-
-        return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
-    xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
-    query = query.reshape(B, S, K, H // K, C)
-    context = xp.empty_like(query)
-    for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
-        rows = by_head(query[queries]) * C**-0.5  # [b, k, Gs, C]
-        exponentials, total = block_exponentials(rows, by_head(key[keys]), visible)
-        sums = exponentials @ by_head(value[keys])
-        sums /= total  # divided last: [Gs, C] is less to divide than [Gs, t]
-        put_by_head(context[queries], sums)
-    return context.reshape(B, S, H, C)
-
-
 def attention_blocks(query, key, padding_mask, sliding_window):
     """Yield pairs of blocks that meet in `attention`: where in the query, where in the keys, and
     visible: [s, t] or [b, 1, 1, s, t]. Arguments are `attention`'s, but the query [B, S, K, G, C].
@@ -1088,6 +1057,37 @@ def block_exponentials(rows, keys, visible):
     exponentials = xp.exp(scores, out=scores)
     total = exponentials.sum(axis=-1, keepdims=True)
     return exponentials, xp.where(total == 0, 1, total)
+
+
+def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
+    """Compute `textbook_attention` without ever holding the score matrix, unless a tap asks for it.
+
+    Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
+    time: memory grows with T, not with S x T, and of a prompt's products about half are never
+    computed. Inside a block everything is float32 (float64 for the oracle), rounded at the end.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Source: https://arxiv.org/abs/2205.14135 (FlashAttention) for the idea; it cuts keys, too.
+    """
+    check_attention(query, key, value, padding_mask, sliding_window)
+    if tap is not no_tap:
+        return textbook_attention(query, key, value, padding_mask, sliding_window, tap)
+    if has_kernel(query):
+        import kernels_cuda
+
+        return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
+    xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
+    query = query.reshape(B, S, K, H // K, C)
+    context = xp.empty_like(query)
+    for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
+        rows = by_head(query[queries]) * C**-0.5  # [b, k, Gs, C]
+        exponentials, total = block_exponentials(rows, by_head(key[keys]), visible)
+        sums = exponentials @ by_head(value[keys])
+        sums /= total  # divided last: [Gs, C] is less to divide than [Gs, t]
+        put_by_head(context[queries], sums)
+    return context.reshape(B, S, H, C)
 
 
 def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None,

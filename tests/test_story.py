@@ -16,7 +16,7 @@ AHEAD = {"functions_for": {"linear", "rms_norm", "attention", "attention_backwar
 
 def test_the_story_is_an_evenings_reading():
     """About 1,000 lines, forward and backward."""
-    assert STORY.count("\n") <= 1120
+    assert STORY.count("\n") <= 1130
 
 
 def names_in(node):
