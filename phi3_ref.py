@@ -2644,7 +2644,8 @@ class Phi3CausalLM:
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = AdamW(2e-5, None)
         require(isinstance(optimizer, AdamW),
-                f'`optimizer` must be "auto" or an AdamW. Received: {optimizer!r}')
+                f'`optimizer` must be "auto" or an AdamW, and a sampler be named: `sampler=…`. '
+                f"Received: {optimizer!r}")
         require_bool("recompute", recompute)
         self.optimizer, self.sampler, self.recompute = optimizer, sampler, recompute
 
