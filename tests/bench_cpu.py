@@ -101,18 +101,17 @@ def clear_peak():
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
 
-def measured(step, before, parameters):
-    """Returns the seconds of a training step, and its peak beyond weights and gradients in bytes.
+def measured(step, before):
+    """Returns the seconds of a training step, and its peak beyond `before` in bytes.
 
-    `step` computes gradients, of `parameters` float32, which go when its result does; `before` is
-    the memory in use without them.
+    `step` computes gradients, which go when its result does.
     """
     clear_peak()
     start = time.perf_counter()
     gradients = step()
     seconds = time.perf_counter() - start
     del gradients
-    return seconds, peak_memory() - before - 4 * parameters
+    return seconds, peak_memory() - before
 
 
 def random_model(config, dtype):
@@ -156,8 +155,7 @@ def worker_ours(config, dtype):
         causal_lm.compile(recompute=recompute)
         before = resting_memory()
         ids, labels = random_tokens(config, 1, S), random_tokens(config, 1, S)
-        return measured(lambda: causal_lm.gradients({"token_ids": ids}, labels), before,
-                        parameters(config))
+        return measured(lambda: causal_lm.gradients({"token_ids": ids}, labels), before)
 
     @functools.cache
     def resting_memory():
@@ -540,8 +538,7 @@ def worker_transformers(config, dtype):
         model.set_attn_implementation(attention)
         before = resting_memory()
         ids, labels = random_tokens(config, 1, S), random_tokens(config, 1, S)
-        seconds, beyond = measured(lambda: learn(model, ids, labels).item(), before,
-                                   parameters(config))
+        seconds, beyond = measured(lambda: learn(model, ids, labels).item(), before)
         model.zero_grad()
         return seconds, beyond
 
@@ -673,12 +670,13 @@ def serve(name, options):
 class Worker:
     """A worker's process."""
 
-    def __init__(self, name, **options):
+    def __init__(self, name, environment=None, **options):
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", name, json.dumps(options)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             # Idle threads must not spin while another program has its turn.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"})
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+            | (environment or {}))
 
     def send(self, task, *args):
         print(json.dumps([task, args]), file=self.process.stdin, flush=True)
@@ -912,30 +910,44 @@ def bench_tiny(rounds):
     row("7. import phi3_ref beyond NumPy, s", seconds[1:], targets=[("", 0.3)])
 
 
+# What glibc's malloc must be told so that a program keeps the memory that it frees, for its next
+# arrays; it gives large arrays back otherwise, and each step's gradients are fresh pages.
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": "4294967295", "MALLOC_TRIM_THRESHOLD_": "4294967295"}
+
+
 def bench_training_step(size):
     """Line 8."""
-    S, rounds = size["prompt"], size["repeats"]
-    config = PHI3_MINI | {"num_layers": size["learning_layers"]}
-    with contextlib.ExitStack() as stack:
-        workers, _ = start(stack, config, {"ours": ("ours", dict(dtype="float32"))},
-                           ("gradients", S))
-        products, _ = start(stack, config, {"": ("training_products", {})}, ("run", 1, S))
-        peers, problems = start(stack, config, {"transformers": PEERS["transformers"]},
-                                *[("check_gradients",)] * (size is WHOLE), ("gradients", S, "sdpa"))
-        ours, limit, sdpa, eager = [], [], [], []
-        for _ in range(rounds):
-            ours.append(workers["ours"].ask("gradients", S)[0])
-            limit.append(products[""].ask("run", 1, S))
-            for peer in peers.values():
-                sdpa.append(peer.ask("gradients", S, "sdpa")[0])
-                eager.append(peer.ask("gradients", S, "eager")[0])
-        limit = faster(np.array(limit))
-        what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
-        row(f"{what}float32, s", ours, limit, {"transformers": sdpa} if sdpa else problems,
-            targets=[("limit", 1.15), ("fastest peer", 1)])
-        if eager:
-            row(f"{what}transformers with eager attention, s", ours, limit,
-                {"transformers": eager})
+    S, config = size["prompt"], PHI3_MINI | {"num_layers": size["learning_layers"]}
+    what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
+    for remark, environment in (("", {}), (", freed memory kept", KEEPING)):
+        with contextlib.ExitStack() as stack:
+            programs = {"ours": ("ours", dict(dtype="float32"))}
+            workers, _ = start(stack, config, with_(environment, programs), ("gradients", S))
+            programs = {"": ("training_products", {})}
+            products, _ = start(stack, config, with_(environment, programs), ("run", 1, S))
+            programs = {"transformers": PEERS["transformers"]}
+            peers, problems = start(stack, config, with_(environment, programs),
+                                    *[("check_gradients",)] * (size is WHOLE and not remark),
+                                    ("gradients", S, "sdpa"))
+            ours, limit, sdpa, eager = [], [], [], []
+            for _ in range(size["repeats"]):
+                ours.append(workers["ours"].ask("gradients", S)[0])
+                limit.append(products[""].ask("run", 1, S))
+                for peer in peers.values():
+                    sdpa.append(peer.ask("gradients", S, "sdpa")[0])
+                    eager.append(peer.ask("gradients", S, "eager")[0])
+            limit = faster(np.array(limit))
+            row(f"{what}float32, s{remark}", ours, limit,
+                {"transformers": sdpa} if sdpa else problems,
+                targets=[("limit", 1.15), ("fastest peer", 1)])
+            if eager:
+                row(f"{what}transformers with eager attention, s{remark}", ours, limit,
+                    {"transformers": eager})
+
+
+def with_(environment, programs):
+    return {name: (worker, options | {"environment": environment})
+            for name, (worker, options) in programs.items()}
 
 
 def bench_tiny_training(size, B=128, S=36):
@@ -981,7 +993,7 @@ def bench_training_memory(size):
         for S in lengths:
             found[S] = ours.ask("gradients", S)[1]
             half, peer = found.get(S // 2), peers.get(S)
-            row(f"10. memory of a training step of {S:,} tokens beyond weights and gradients"
+            row(f"10. memory of a training step of {S:,} tokens beyond the weights"
                 f"{f'; limit: that of {S // 2:,}' if half else ''}, {what}",
                 found[S], half, {"transformers": peer} if peer else {}, GB,
                 [("limit", 2.2)] * bool(half) + [("fastest peer", 1)] * bool(peer))
