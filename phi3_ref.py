@@ -1,8 +1,8 @@
 """Phi-3 as explicit array math: one file, read from top to bottom, on NumPy or CuPy.
 
 The first part is a story: the whole model, from token ids to logits and back from the loss to every
-gradient, as functions on plain arrays, most of them a few lines long, each derivative right under
-its function. Nothing is hidden in a framework, and no file is opened in it. (Raw CUDA for three of
+gradient, as functions on plain arrays, most of them a few lines long, each derivative under its
+function. Nothing is hidden in a framework, and no file is opened in it. (Raw CUDA for three of
 the functions stands in kernels_cuda.py.) The second part, the appendix, connects the model with the
 world: Keras's and Hugging Face's names and files, tokenizers, generation, training on texts,
 instruments to compare it with others, a command line. The model computes, and learns, what
@@ -27,6 +27,7 @@ angles are in float32 nevertheless, and these results are rounded:
     residuals, dropout   each result
     weights              in the mixed policies, where they are used
     gradients            where the forward's result was; those of weights never: they are float32
+    AdamW                the weights, once a step
 
 References:
 
@@ -244,9 +245,9 @@ class Phi3Config:
 # are results, but for rounding.
 #
 # Learning asks of every array: if it changed a little, by how much would the loss? The answer is an
-# array of the same shape, its *gradient*. If y = f(x), `f_backward` makes x's gradient of y's, its
-# first argument: the sum over y's elements of (y_i's gradient) * dy_i/dx. From the loss back to the
-# weights, these sums are all of "backpropagation". The gradient of x is x' in texts, d_x in code.
+# array of the same shape, its *gradient*, x' in texts and d_x in code. If y = f(x), `f_backward`
+# takes y' first and returns x', by the chain rule: x'_j = sum_i y'_i dy_i/dx_j, over each use of x.
+# From the loss back to the weights, these sums are all of "backpropagation".
 
 
 def textbook_linear(x, weight):
@@ -257,8 +258,8 @@ def textbook_linear(x, weight):
 def linear_backward(gradient, x, weight):
     """Return the gradients of `linear`'s x, [..., in], and weight, [out, in].
 
-    Of y_i = sum_j W_ij x_j, x_j has part W_ij in each y_i: x'_j = sum_i y'_i W_ij. And each
-    position n has used the same W_ij, with its own x_j: W'_ij = sum_n y'_ni x_nj.
+    Of y_i = sum_j W_ij x_j, dy_i/dx_j = W_ij, so that x'_j = sum_i y'_i W_ij. And each position n
+    has used the same W_ij, with its own x_j: W'_ij = sum_n y'_ni x_nj.
     """
     rows, d_y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))  # [n, in], [n, out]
     return matmul(d_y, weight).reshape(x.shape), upcast(d_y).T @ upcast(rows)
@@ -289,8 +290,9 @@ def rms_norm_backward(gradient, x, scale, epsilon):
 
     It was y = scale n, where n = x / r and r = (mean(x^2) + epsilon)^(1/2). So n' = scale y'. Each
     x_j acts on its own n_j, by 1 / r; and on all n_i through r, by -x_i / r^2 dr/dx_j, where
-    dr/dx_j = x_j / (D r). Together x' = (n' - n mean(n' n)) / r: n' without its part along n, for
-    the norm hides how long x is. And scale' = sum(y' n) over all positions.
+    dr/dx_j = x_j / (D r). Together, with x = r n, x' = (n' - n mean(n' n)) / r: with epsilon 0
+    that is n' without its part along n, for the norm then hides how long x is. And scale' is the
+    sum of y' n over all positions.
     """
     wide_x, d_y = upcast(x), upcast(gradient)
     r = ((wide_x * wide_x).mean(axis=-1, keepdims=True) + epsilon) ** 0.5  # [..., 1]
@@ -353,7 +355,7 @@ def softmax_backward(gradient, probabilities):
     """Return the gradient of `softmax`'s scores; `gradient` is that of its result, `probabilities`.
 
     Of p_i = e^(s_i) / sum_j e^(s_j), dp_i/ds_j = p_i ((i == j) - p_j), so that
-    s'_j = p_j (p'_j - sum_i p'_i p_i). Where p_j is 0, for what is not visible, s'_j is.
+    s'_j = p_j (p'_j - sum_i p'_i p_i). Where p_j is 0, for what is not visible, s'_j is 0, too.
     """
     return probabilities * (gradient - (gradient * probabilities).sum(axis=-1, keepdims=True))
 
@@ -391,7 +393,7 @@ def prefixed(tap, prefix):
 
 
 class Tape(dict):
-    """A tap that keeps every array, itself and where it is: what derivatives need of the forward.
+    """A tap that keeps every array, no copy of it: what derivatives need of the forward.
 
     Args:
         looking: the tap of who looks at the same time; the tape keeps what that returns.
@@ -447,9 +449,9 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
                                 tap=no_tap, probabilities=None):
     """Return the gradients of attention's query, key and value, each like it.
 
-    It was s = q k^T / C^(1/2), p = softmax(s), context = p v, three functions from above: two of
-    `linear`'s kind, whose derivatives are products again, and `softmax`. No mask is needed: what it
-    hid has p = 0. Keys and values get the sum over the G query heads that read them.
+    It was s = q k^T / C^(1/2), p = softmax(s), context = p v. As in `linear`, v' = p^T context',
+    p' = context' v^T; with s' of `softmax_backward`, q' = s' k / C^(1/2), k' = s'^T q / C^(1/2). No
+    mask is needed: what it hid has p = 0. Keys and values sum over the G heads that read them.
 
     Args:
         gradient: [B, S, H, C], that of the result.
@@ -498,17 +500,9 @@ def silu_backward(gradient, x):
     Of y = x s, where s = 1 / (1 + e^(-x)) and ds/dx = s (1 - s): x' = y' s (1 + x (1 - s)).
     """
     wide_x, xp = upcast(x), get_array_module(x)
-    s = -wide_x
     with np.errstate(over="ignore"):
-        xp.exp(s, out=s)
-    s += 1
-    xp.divide(1, s, out=s)
-    slope = 1 - s  # then, in place, x (1 - s), 1 + x (1 - s) and so on
-    slope *= wide_x
-    slope += 1
-    slope *= s
-    slope *= upcast(gradient)
-    return slope.astype(x.dtype, copy=False)
+        s = 1 / (1 + xp.exp(-wide_x))
+    return (upcast(gradient) * s * (1 + wide_x * (1 - s))).astype(x.dtype, copy=False)
 
 
 def dropout(x, rate, rng, tap=no_tap):
@@ -586,7 +580,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     seen = key, value, padding_mask, config.sliding_window  # what attention takes after the query
     if cache is not None:
         seen = cache.append(index, key, value)  # the same, with the keys and values of before
-    # Who looks sees inside of attention. A tape alone does not: it would have to keep S x T.
+    # Who looks sees inside of attention, the textbook's. A tape does not: it would keep S x T.
     blind = isinstance(tap, Tape) and tap.looking is no_tap
     look = no_tap if blind else prefixed(tap, "attention")
     context = tap("attention.context", attention(query, *seen, look))
@@ -736,7 +730,7 @@ def token_embedding(weights, config, token_ids):
 
 
 def token_embedding_backward(gradient, token_ids, vocabulary_size):
-    """Return the gradient of the table, [V, D]: each token's row sums up all its occurrences."""
+    """Return the gradient of the table, [V, D]; row v sums `gradient` over where the id v stood."""
     xp, rows = get_array_module(gradient), upcast(gradient).reshape(-1, gradient.shape[-1])
     ids, which = xp.unique(token_ids, return_inverse=True)
     occurrences = xp.arange(len(ids))[:, None] == which.reshape(-1)  # [distinct ids, B * S]
@@ -775,7 +769,8 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
             layer (see `LAYER_TAPS`), and "sequence_output_layernorm".
         tapes: None, or a list, to which what `backward` needs is appended: a Tape of each layer.
         recompute: bool; True keeps only each layer's input on the tapes. `backward` then computes
-            the layer again: a third more work, and the memory of one layer.
+            the layer again: a third more work, and the memory of one layer. (A tap must then not
+            change arrays: the second time it is not called.)
 
     Returns:
         [B, S, D], in the compute dtype.
@@ -813,29 +808,29 @@ def backward(gradient, weights, config, token_ids, padding_mask, seed, tapes, ta
         gradient: [B, S, D], that of the forward's result.
         weights, config, token_ids, padding_mask, seed: as for the forward.
         tapes: what the forward has made of an empty list; each is let go of when it is used.
-        tap: called with the gradient of each array that the forward has tapped, from last to first,
-            under the same name; what it returns is used instead.
+        tap: called with the gradient of each array that the forward has tapped (but dropout's
+            choices), from last to first, by the same name; what it returns is used instead.
     """
-    xp, S, layers = get_array_module(token_ids), token_ids.shape[1], []
+    xp, S, d_layers = get_array_module(token_ids), token_ids.shape[1], []
     rotary = config.rotary(xp.arange(S), config.uses_long_factors(S))
-    gradient, scale = rms_norm_backward(
+    gradient, d_scale = rms_norm_backward(
         tap("sequence_output_layernorm", gradient), tapes.pop()["x"],
         cast(weights["sequence_output_layernorm"], config), config.layer_norm_epsilon)
     for i in reversed(range(config.num_layers)):
         layer = weights["transformer_layers"][i]
         layer = {name: cast(weight, config) for name, weight in layer.items()}
         tape, name = tapes.pop(), f"transformer_layer_{i}"
-        if len(tape) == 1:  # its x alone
+        if len(tape) == 1:  # its x alone: recompute
             tape.looking = no_tap
             decoder_layer(tape["x"], layer, config, rotary, padding_mask,
                           rng=layer_rng(token_ids, seed, i), tap=tape)
-        gradient, layer = decoder_layer_backward(
+        gradient, d_layer = decoder_layer_backward(
             tap(name, gradient), layer, config, rotary, padding_mask, tape, prefixed(tap, name))
-        layers.insert(0, layer)
-    gradient = tap("token_embedding", gradient)
-    return {"token_embedding": token_embedding_backward(gradient, token_ids,
-                                                        config.vocabulary_size),
-            "transformer_layers": layers, "sequence_output_layernorm": scale}
+        d_layers.insert(0, d_layer)
+    d_table = token_embedding_backward(
+        tap("token_embedding", gradient), token_ids, config.vocabulary_size)
+    return {"token_embedding": d_table, "transformer_layers": d_layers,
+            "sequence_output_layernorm": d_scale}
 
 
 # ---- Learning ------------------------------------------------------------------------------------
@@ -845,12 +840,13 @@ def cross_entropy(logits, labels, sample_weight=None):
     """Return how badly the labels were foreseen, and the gradient of the logits.
 
     The loss is sum(w -log p) / N, where p is softmax's probability of the label, w its weight and N
-    the number of labels (not of weights: Keras's choice). Of -log p = log(sum_v e^(l_v)) - l_label,
-    the derivative by l_v is p_v - (v == label): what was foreseen less what came.
+    the number of labels (not of weights: Keras's choice). With logits l, -log p_label is
+    log(sum_v e^(l_v)) - l_label, whose derivative by l_v is p_v - (v == label): what was foreseen
+    less what came. So l'_v = w / N (p_v - (v == label)).
 
     Args:
         logits: [B, S, V].
-        labels: [B, S], int.
+        labels: [B, S], int in [0, V); at least one.
         sample_weight: [B, S], or None for ones.
 
     Returns:
@@ -888,7 +884,8 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
         weights, config, token_ids, padding_mask, seed, recompute: as for `forward`.
         labels: [B, S], int, the token that comes after each position.
         sample_weight: [B, S], how much each label counts, or None for ones.
-        tap: called with what `forward` taps, and "logits".
+        tap: called with what `forward` taps, and "logits"; where it changes an array, gradients
+            pass as if it had not.
         gradient_tap: called with the gradient of each of these, from last to first.
 
     Returns:
@@ -896,20 +893,20 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
         tied embeddings are one array.
     """
     tapes = []
-    hidden_states = forward(weights, config, token_ids, padding_mask, None, None, seed, tap, tapes,
-                            recompute)
+    hidden_states = forward(weights, config, token_ids, padding_mask, seed=seed, tap=tap,
+                            tapes=tapes, recompute=recompute)
     logits = tap("logits", reverse_embedding(weights, config, hidden_states))
     accuracy = sparse_categorical_accuracy(logits, labels, sample_weight)
     loss, gradient = cross_entropy(logits, labels, sample_weight)
     del logits  # the largest array of all, for a large vocabulary
-    gradient, projection = linear_backward(
+    gradient, d_projection = linear_backward(
         gradient_tap("logits", gradient), hidden_states, cast(weights["reverse_embedding"], config))
     gradients = backward(gradient, weights, config, token_ids, padding_mask, seed, tapes,
                          gradient_tap)
     if config.tie_word_embeddings:  # used twice: its gradient is the sum of both
-        gradients["token_embedding"] += projection
-        projection = gradients["token_embedding"]
-    return loss, accuracy, gradients | {"reverse_embedding": projection}
+        gradients["token_embedding"] += d_projection
+        d_projection = gradients["token_embedding"]
+    return loss, accuracy, gradients | {"reverse_embedding": d_projection}
 
 
 @dataclasses.dataclass(eq=False)
@@ -945,7 +942,7 @@ class AdamW:
         rate = check_learning_rate(rate(self.iterations) if callable(rate) else rate)
         self.iterations += 1
         corrections = [1 - beta**self.iterations for beta in (self.beta_1, self.beta_2)]
-        step = rate * math.sqrt(corrections[1]) / corrections[0]
+        corrected = rate * math.sqrt(corrections[1]) / corrections[0]
         decay = 1 - rate * (self.weight_decay or 0)
         clip = self.clipnorm or self.global_clipnorm
         if clip:
@@ -961,7 +958,7 @@ class AdamW:
             m, v = self.moments[name]
             m += (1 - self.beta_1) * (g - m)
             v += (1 - self.beta_2) * (g * g - v)
-            weight[...] = upcast(weight) * decay - step * m / (v**0.5 + self.epsilon)
+            weight[...] = upcast(weight) * decay - corrected * m / (v**0.5 + self.epsilon)
 
 
 # ---- The same, faster ----------------------------------------------------------------------------
@@ -1094,7 +1091,7 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
                        tap=no_tap, probabilities=None):
     """Compute `textbook_attention_backward` block by block, probabilities again with each block.
 
-    So memory grows with T, as in `attention`, and with a tap, or given probabilities, not.
+    So memory grows with T, as in `attention`; with a tap or given probabilities, with S x T.
 
     Source: https://arxiv.org/abs/2205.14135.
     """
@@ -2967,7 +2964,7 @@ class Phi3CausalLM:
             return [loss, accuracy]
         if config.weight_dtype.itemsize == 2 and not self.optimizer.iterations:
             warnings.warn("bfloat16 weights have 8 bits: a step smaller than a 256th of a weight "
-                          "is lost. Take mixed_bfloat16.", stacklevel=2)
+                          "may be lost. Take mixed_bfloat16.", stacklevel=2)
         require(all(name in weights and moment.shape == weights[name].shape
                     for name, (moment, _) in self.optimizer.moments.items()),
                 "The optimizer has learned another model: give `compile` a new one.")
