@@ -1625,7 +1625,7 @@ class Phi3Backbone:
         )
         self.dtype_policy, self.xp = self.config.dtype, load_backend(backend)
         weight_seed, self.training_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
-        self.calls = itertools.count()  # each drops other elements
+        self.calls = 0  # in training, each of which drops other elements
         if weights is None:
             with self.memory_for_weights():
                 weights = random_weights(self.config, weight_seed, self.xp)
@@ -1661,7 +1661,8 @@ class Phi3Backbone:
         token_ids, padding_mask = check_inputs(inputs, self.vocabulary_size)
         warn_of_length(self.config, 0, token_ids.shape[1])
         mask = None if padding_mask.all() else self.xp.asarray(padding_mask)
-        seed = (self.training_seed, 0, next(self.calls)) if training else None
+        self.calls += bool(training)
+        seed = (self.training_seed, 0, self.calls) if training else None
         return forward(self.weights, self.config, self.xp.asarray(token_ids), mask, seed=seed,
                        tap=check_tap(tap))
 

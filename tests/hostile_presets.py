@@ -1031,7 +1031,7 @@ def contents(causal_lm):
     """(settings, weights, tokenization) of a loaded model, each comparable with ==."""
     backbone = causal_lm.backbone
     settings = {name: value for name, value in (vars(backbone) | vars(backbone.config)).items()
-                if name not in ("config", "xp", "weights", "calls")}
+                if name not in ("config", "xp", "weights", "calls", "training_seed")}
     arrays = {name: (str(array.dtype), array.shape, array.tobytes())
               for name, array in phi3_ref.huggingface_tensors(backbone.weights, backbone.config)}
     preprocessor = causal_lm.preprocessor
