@@ -670,13 +670,12 @@ def serve(name, options):
 class Worker:
     """A worker's process."""
 
-    def __init__(self, name, environment=None, **options):
+    def __init__(self, name, **options):
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", name, json.dumps(options)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             # Idle threads must not spin while another program has its turn.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-            | (environment or {}))
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"})
 
     def send(self, task, *args):
         print(json.dumps([task, args]), file=self.process.stdin, flush=True)
@@ -910,44 +909,30 @@ def bench_tiny(rounds):
     row("7. import phi3_ref beyond NumPy, s", seconds[1:], targets=[("", 0.3)])
 
 
-# What glibc's malloc must be told so that a program keeps the memory that it frees, for its next
-# arrays; it gives large arrays back otherwise, and each step's gradients are fresh pages.
-KEEPING = {"MALLOC_MMAP_THRESHOLD_": "4294967295", "MALLOC_TRIM_THRESHOLD_": "4294967295"}
-
-
 def bench_training_step(size):
     """Line 8."""
-    S, config = size["prompt"], PHI3_MINI | {"num_layers": size["learning_layers"]}
-    what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
-    for remark, environment in (("", {}), (", freed memory kept", KEEPING)):
-        with contextlib.ExitStack() as stack:
-            programs = {"ours": ("ours", dict(dtype="float32"))}
-            workers, _ = start(stack, config, with_(environment, programs), ("gradients", S))
-            programs = {"": ("training_products", {})}
-            products, _ = start(stack, config, with_(environment, programs), ("run", 1, S))
-            programs = {"transformers": PEERS["transformers"]}
-            peers, problems = start(stack, config, with_(environment, programs),
-                                    *[("check_gradients",)] * (size is WHOLE and not remark),
-                                    ("gradients", S, "sdpa"))
-            ours, limit, sdpa, eager = [], [], [], []
-            for _ in range(size["repeats"]):
-                ours.append(workers["ours"].ask("gradients", S)[0])
-                limit.append(products[""].ask("run", 1, S))
-                for peer in peers.values():
-                    sdpa.append(peer.ask("gradients", S, "sdpa")[0])
-                    eager.append(peer.ask("gradients", S, "eager")[0])
-            limit = faster(np.array(limit))
-            row(f"{what}float32, s{remark}", ours, limit,
-                {"transformers": sdpa} if sdpa else problems,
-                targets=[("limit", 1.15), ("fastest peer", 1)])
-            if eager:
-                row(f"{what}transformers with eager attention, s{remark}", ours, limit,
-                    {"transformers": eager})
-
-
-def with_(environment, programs):
-    return {name: (worker, options | {"environment": environment})
-            for name, (worker, options) in programs.items()}
+    S, rounds = size["prompt"], size["repeats"]
+    config = PHI3_MINI | {"num_layers": size["learning_layers"]}
+    with contextlib.ExitStack() as stack:
+        workers, _ = start(stack, config, {"ours": ("ours", dict(dtype="float32"))},
+                           ("gradients", S))
+        products, _ = start(stack, config, {"": ("training_products", {})}, ("run", 1, S))
+        peers, problems = start(stack, config, {"transformers": PEERS["transformers"]},
+                                *[("check_gradients",)] * (size is WHOLE), ("gradients", S, "sdpa"))
+        ours, limit, sdpa, eager = [], [], [], []
+        for _ in range(rounds):
+            ours.append(workers["ours"].ask("gradients", S)[0])
+            limit.append(products[""].ask("run", 1, S))
+            for peer in peers.values():
+                sdpa.append(peer.ask("gradients", S, "sdpa")[0])
+                eager.append(peer.ask("gradients", S, "eager")[0])
+        limit = faster(np.array(limit))
+        what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
+        row(f"{what}float32, s", ours, limit, {"transformers": sdpa} if sdpa else problems,
+            targets=[("limit", 1.15), ("fastest peer", 1)])
+        if eager:
+            row(f"{what}transformers with eager attention, s", ours, limit,
+                {"transformers": eager})
 
 
 def bench_tiny_training(size, B=128, S=36):
