@@ -1,10 +1,10 @@
 """Raw CUDA kernels for Phi-3: RMSNorm, attention, and the products of decoding; their launchers.
 
-`rms_norm`, `attention` and `linear` have the signatures and the meaning of phi3_ref's, on CuPy
-arrays in float32, float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a
-comment that gives its algorithm, its tiling, and what limits it; they are compiled when they are
-first used. `decode_by_graph` makes one launch of a decoding step's many: a CUDA graph. `load_cupy`
-says what is missing where CuPy or the GPU is.
+`rms_norm` and its derivative `rms_norm_backward`, `attention` and `linear` have the signatures and
+the meaning of phi3_ref's, on CuPy arrays in float32, float16 or bfloat16. The kernels stand below
+as CUDA C++ source, each under a comment that gives its algorithm, its tiling, and what limits it;
+they are compiled when they are first used. `decode_by_graph` makes one launch of a decoding step's
+many: a CUDA graph. `load_cupy` says what is missing where CuPy or the GPU is.
 
 Legend, as in phi3_ref: B batch, S query positions, T key positions, H query heads, K key/value
 heads, G = H // K, C head_dim, D hidden_dim. The S queries are the last S of the T positions.
@@ -125,7 +125,9 @@ template <typename E, int N> struct alignas(N * sizeof(E)) Vector { E element[N]
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {  // its 16 bits are float32's first
+    return __uint_as_float((unsigned)__bfloat16_as_ushort(x) << 16);  // pairs stay packed till then
+}
 
 template <typename E> __device__ __forceinline__ E from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
@@ -244,6 +246,159 @@ __global__ void __launch_bounds__(512) rms_norm(
     }
     for (int i = threadIdx.x + ITEMS * threads; i < count; i += threads)
         out[i] = normalized(in[i], inverse, weight[i]);
+}
+"""
+
+# ---- RMSNorm, backward ---------------------------------------------------------------------------
+
+RMS_NORM_BACKWARD = HEADER + r"""
+// It was y = scale n, where n = x / r and r = sqrt(mean(x^2) + epsilon). Of y', the gradient of y:
+//
+//     n' = scale y'       x' = (n' - n mean(n' n)) / r       scale' = the sum of y' n over all rows
+//
+// As in the forward, a row lies in the registers of a block until its sums are known, here of x^2
+// and of n' x. But each block takes many rows, one after the other, for the sums down the columns:
+//
+//                     | thread 0 | thread 1 | ... | thread n-1 | thread 0 | ...   N elements each
+//     block 0  row 0  |   y' n   |   y' n   |     |    y' n    |   y' n   |
+//              row 1  |    +     |    +     |     |     +      |    +     |   in registers, which
+//              row 2  |    +     |    +     |     |     +      |    +     |   stay a thread's own
+//         partial[0]  |    =     |    =     |     |     =      |    =     |   written in the end
+//     block 1  row 3  |   y' n   |   ...
+//              ...
+//         partial[1]  |    =     |   ...       a second kernel adds up the partial sums, in order
+//
+// A row's two sums cross the block together, with one barrier: rows take turns with two places in
+// shared memory, and the next barrier stands between a place's last read and its next write.
+//
+// Per row: x and y' are read once and x' is written once, 3 D elements for 12 D operations: about 2
+// operations per byte in 16 bits. The limit is the memory's bandwidth. To these 151 MB of
+// [8192, 3072] in 16 bits, 660 blocks (5 of 96 threads on each of 132 multiprocessors) add 8 MB of
+// partial sums, written and read; the second kernel finds what was written last in the L2 cache.
+// Only what exceeds the registers of 512 threads (N = 8: D > 16384) is read twice, and its partial
+// sums are added to where they lie in memory.
+//
+// Registers are what is short: per element x, y' and a sum in float32, where the forward has x. So
+// `scale` is read again at each use, from the caches: no __restrict__ here, for the compiler would
+// see that it never changes, keep it, and spill.
+template <typename E, int N> __device__ __forceinline__
+void add_to_sums(Vector<E, N> gradient, Vector<E, N> x, Vector<E, N> scale,
+                 float& squares, float& products) {
+    UNROLLED for (int n = 0; n < N; n++) {
+        const float wide = to_float(x.element[n]);
+        squares += wide * wide;
+        products += to_float(gradient.element[n]) * to_float(scale.element[n]) * wide;
+    }
+}
+
+// Returns x', and adds y' n to the sums. `inverse` is 1 / r, `mean` the row's mean(n' n).
+template <typename E, int N> __device__ __forceinline__
+Vector<E, N> differentiated(Vector<E, N> gradient, Vector<E, N> x, Vector<E, N> scale,
+                            float inverse, float mean, float (&sums)[N]) {
+    Vector<E, N> d_x;
+    UNROLLED for (int n = 0; n < N; n++) {
+        const float d_y = to_float(gradient.element[n]), normed = to_float(x.element[n]) * inverse;
+        d_x.element[n] = from_float<E>(
+            (d_y * to_float(scale.element[n]) - normed * mean) * inverse);
+        sums[n] += d_y * normed;
+    }
+    return d_x;
+}
+
+template <int N> __device__ __forceinline__
+void write_sums(float* partial, const float (&sums)[N]) {
+    constexpr int M = N < 4 ? N : 4;  // 16 bytes
+    UNROLLED for (int n = 0; n < N; n += M) {
+        Vector<float, M> part;
+        UNROLLED for (int m = 0; m < M; m++) part.element[m] = sums[n + m];
+        *reinterpret_cast<Vector<float, M>*>(partial + n) = part;
+    }
+}
+
+template <typename E, int N>
+__global__ void __launch_bounds__(512) rms_norm_backward(
+    const E* __restrict__ gradient, const E* __restrict__ x, const E* scale, E* d_x, float* partial,
+    long long gradient_row, long long x_row, int rows, int D, float epsilon) {
+    constexpr int ITEMS = N == 1 ? 8 : 4;
+    const int count = D / N, threads = blockDim.x, warp = threadIdx.x / 32;
+    const int first = (long long)blockIdx.x * rows / gridDim.x;  // shares differ by one row at most
+    const int end = (blockIdx.x + 1LL) * rows / gridDim.x;
+    const auto weight = reinterpret_cast<const Vector<E, N>*>(scale);
+    partial += (long long)blockIdx.x * D;
+    float sums[ITEMS][N] = {};  // of the columns, as far as they go with the registers
+    __shared__ float warp_sums[2][2][16];
+
+    for (int row = first; row < end; row++) {
+        const auto in = reinterpret_cast<const Vector<E, N>*>(x + row * x_row);
+        const auto d_y = reinterpret_cast<const Vector<E, N>*>(gradient + row * gradient_row);
+        const auto out = reinterpret_cast<Vector<E, N>*>(d_x + (long long)row * D);
+
+        Vector<E, N> held[ITEMS], d_held[ITEMS];
+        UNROLLED for (int item = 0; item < ITEMS; item++) {
+            const int i = threadIdx.x + item * threads;
+            if (i < count) held[item] = in[i];
+            if (i < count) d_held[item] = d_y[i];
+        }
+        float squares = 0.0f, products = 0.0f;  // of x^2, of n' x
+        UNROLLED for (int item = 0; item < ITEMS; item++) {
+            const int i = threadIdx.x + item * threads;
+            if (i < count) add_to_sums(d_held[item], held[item], weight[i], squares, products);
+        }
+        for (int i = threadIdx.x + ITEMS * threads; i < count; i += threads)
+            add_to_sums(d_y[i], in[i], weight[i], squares, products);
+
+        float (&turn)[2][16] = warp_sums[row % 2];
+        squares = sum_over_lanes<1, 32>(squares);
+        products = sum_over_lanes<1, 32>(products);
+        if (threadIdx.x % 32 == 0) {
+            turn[0][warp] = squares;
+            turn[1][warp] = products;
+        }
+        __syncthreads();
+        squares = products = 0.0f;
+        for (int w = 0; w < threads / 32; w++) {
+            squares += turn[0][w];
+            products += turn[1][w];
+        }
+        const float inverse = 1.0f / sqrtf(squares / D + epsilon), mean = products / D * inverse;
+
+        UNROLLED for (int item = 0; item < ITEMS; item++) {
+            const int i = threadIdx.x + item * threads;
+            if (i < count)
+                out[i] = differentiated(
+                    d_held[item], held[item], weight[i], inverse, mean, sums[item]);
+        }
+        for (int i = threadIdx.x + ITEMS * threads; i < count; i += threads) {
+            float in_memory[N] = {};
+            if (row > first)
+                UNROLLED for (int n = 0; n < N; n++) in_memory[n] = partial[i * N + n];
+            out[i] = differentiated(d_y[i], in[i], weight[i], inverse, mean, in_memory);
+            write_sums(partial + i * N, in_memory);
+        }
+    }
+    UNROLLED for (int item = 0; item < ITEMS; item++) {
+        const int i = threadIdx.x + item * threads;
+        if (i < count) write_sums(partial + i * N, sums[item]);
+    }
+}
+
+// scale', the sum of the `blocks` partial sums: a block has 32 columns, and each of its warps a
+// share of the partial sums, 128 bytes at a time; then the first warp adds up what the warps have.
+__global__ void __launch_bounds__(512) rms_norm_backward_scale(
+    const float* __restrict__ partial, float* __restrict__ d_scale, int blocks, int D) {
+    __shared__ float warp_sum[16][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int column = blockIdx.x * 32 + lane, end = blocks * (warp + 1) / warps;
+    float sum = 0.0f;
+    if (column < D)
+        _Pragma("unroll 8")  // so many reads are under way at once
+        for (int i = blocks * warp / warps; i < end; i++) sum += partial[(long long)i * D + column];
+    warp_sum[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= D) return;
+    sum = 0.0f;
+    for (int w = 0; w < warps; w++) sum += warp_sum[w][lane];
+    d_scale[column] = sum;
 }
 """
 
@@ -782,10 +937,11 @@ LINEAR_ROWS = (1, 2, 4, 8)
 
 def instances():
     """Return every (source, name expression) that the launchers can ask `load_kernel` for."""
-    found = []
+    found = [(RMS_NORM_BACKWARD, "rms_norm_backward_scale")]
     for E in TYPES.values():
         for N in (1, 4 if E == "float" else 8):
             found += [(RMS_NORM, f"rms_norm<{E}, {N}>")]
+            found += [(RMS_NORM_BACKWARD, f"rms_norm_backward<{E}, {N}>")]
             found += [(LINEAR, f"linear<{E}, {N}, {rows}>") for rows in LINEAR_ROWS]
         found += [(ATTENTION_TILED, f"attention_tiled<{E}>")]
         found += [(ATTENTION_DECODE, f"attention_combine<{E}>")]
@@ -935,6 +1091,42 @@ def rms_norm(x, scale, epsilon):
         (len(rows),), (threads,), (rows, scale, y, np.int64(rows.strides[0] // x.itemsize),
                                    np.int32(D), np.float32(epsilon)))
     return y
+
+
+def rms_norm_backward(gradient, x, scale, epsilon):
+    """Return the gradients of `rms_norm`'s x and scale: phi3_ref's `rms_norm_backward`.
+
+    Args:
+        gradient: [..., D], in the dtype of `x`; that of the result.
+        x: [..., D], float32, float16 or bfloat16, on the GPU.
+        scale: [D], in the dtype of `x`.
+        epsilon: float, added to the mean square.
+
+    Returns:
+        The first like `x`, contiguous; computed in float32, rounded once. The second [D], float32.
+    """
+    check_array("x", x, (None,) * max(1, getattr(x, "ndim", 1)))
+    D = x.shape[-1]
+    check_array("gradient", gradient, x.shape, like=x)
+    check_array("scale", scale, (D,), like=x)
+    d_x = array_module.empty(x.shape, x.dtype)
+    if x.size == 0:
+        return d_x, array_module.zeros(D, np.float32)
+    gradients, rows = gradient.reshape(-1, D), x.reshape(-1, D)  # as in `rms_norm`
+    N = 16 // x.itemsize if in_vectors(gradients, rows, scale) else 1
+    threads = min(512, 32 * divide_up(D, 32 * N * (8 if N == 1 else 4)))
+    # As many blocks as surely run at once: 512 threads of 128 registers fill a multiprocessor.
+    blocks = min(len(rows), gpu_limits()[1] * (512 // threads))
+    partial, d_scale = (array_module.empty(shape, np.float32) for shape in ((blocks, D), D))
+    load_kernel(RMS_NORM_BACKWARD, f"rms_norm_backward<{TYPES[x.dtype.name]}, {N}>")(
+        (blocks,), (threads,), (
+            gradients, rows, scale, d_x, partial,
+            *(np.int64(a.strides[0] // x.itemsize) for a in (gradients, rows)),
+            *map(np.int32, (len(rows), D)), np.float32(epsilon)))
+    load_kernel(RMS_NORM_BACKWARD, "rms_norm_backward_scale")(
+        (divide_up(D, 32),), (32 * min(16, blocks),),
+        (partial, d_scale, *map(np.int32, (blocks, D))))
+    return d_x, d_scale
 
 
 def attention(query, key, value, padding_mask=None, sliding_window=None):

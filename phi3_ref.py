@@ -240,9 +240,8 @@ class Phi3Config:
 # ---- The layers, as pure functions ---------------------------------------------------------------
 
 
-# Four functions come in pairs. The textbook's stand here, to be read; their fast twins, which are
-# computed unless a config says `fused=False`, stand after the model. Arguments are the same, and so
-# are results, but for rounding.
+# Five functions come in pairs. The textbook's stand here, to be read; their fast twins, computed
+# unless a config says `fused=False`, stand after the model. Only the rounding of results differs.
 #
 # Learning asks of every array: if it changed a little, by how much would the loss? The answer is an
 # array of the same shape, its *gradient*, x' in texts and d_x in code. If y = f(x), `f_backward`
@@ -285,7 +284,7 @@ def textbook_rms_norm(x, scale, epsilon):
     return normed.astype(x.dtype, copy=False)
 
 
-def rms_norm_backward(gradient, x, scale, epsilon):
+def textbook_rms_norm_backward(gradient, x, scale, epsilon):
     """Return the gradients of `rms_norm`'s x, like `x`, and scale, [D].
 
     It was y = scale n, where n = x / r and r = (mean(x^2) + epsilon)^(1/2). So n' = scale y'. Each
@@ -525,10 +524,11 @@ def dropout_backward(gradient, rate, keep):
 
 
 def functions_for(config):
-    """Return `linear`, `rms_norm`, `attention`, `attention_backward`: fast, or the textbook's."""
+    """Return `linear`, `rms_norm`, `attention`, and the last two's derivatives: fast, or not."""
     if config.fused:
-        return linear, rms_norm, attention, attention_backward
-    return textbook_linear, textbook_rms_norm, textbook_attention, textbook_attention_backward
+        return linear, rms_norm, attention, (rms_norm_backward, attention_backward)
+    return textbook_linear, textbook_rms_norm, textbook_attention, (
+        textbook_rms_norm_backward, textbook_attention_backward)
 
 
 # What a tap is called with in each layer, in order, and the shapes in the legend's letters. The
@@ -613,7 +613,7 @@ def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape
         tape: Tape, the forward's tap; and "x", the forward's x.
         tap: called with the gradients of all of `LAYER_TAPS` but the last, from last to first.
     """
-    _, _, _, attention_backward = functions_for(config)
+    *_, (rms_norm_backward, attention_backward) = functions_for(config)
     xp, (B, S, _), rate = get_array_module(gradient), gradient.shape, config.dropout
     epsilon, gradients = config.layer_norm_epsilon, {}
 
@@ -813,6 +813,7 @@ def backward(gradient, weights, config, token_ids, padding_mask, seed, tapes, ta
     """
     xp, S, d_layers = get_array_module(token_ids), token_ids.shape[1], []
     rotary = config.rotary(xp.arange(S), config.uses_long_factors(S))
+    *_, (rms_norm_backward, _) = functions_for(config)
     gradient, d_scale = rms_norm_backward(
         tap("sequence_output_layernorm", gradient), tapes.pop()["x"],
         cast(weights["sequence_output_layernorm"], config), config.layer_norm_epsilon)
@@ -1006,6 +1007,15 @@ def rms_norm(x, scale, epsilon):
 
         return kernels_cuda.rms_norm(x, scale, epsilon)
     return textbook_rms_norm(x, scale, epsilon)
+
+
+def rms_norm_backward(gradient, x, scale, epsilon):
+    """Compute `textbook_rms_norm_backward`, on a GPU in one pass over memory."""
+    if has_kernel(x) and gradient.dtype == x.dtype:  # which a tap can change
+        import kernels_cuda
+
+        return kernels_cuda.rms_norm_backward(gradient, x, scale, epsilon)
+    return textbook_rms_norm_backward(gradient, x, scale, epsilon)
 
 
 def attention_blocks(query, key, padding_mask, sliding_window):

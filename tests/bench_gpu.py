@@ -53,7 +53,9 @@ failures = []
 # What there is to do. By hand: 1024 queries see 1024 x 1025 / 2 = 524,800 keys; x 4 C = 384 x 32
 # heads = 6,448,742,400 operations. 4096 keys and values of 32 x 96, and query and result, in 2
 # bytes: 2 x 2 x (4096 x 3072 + 3072) = 50,343,936. RMSNorm [8192, 3072]: 2 x 2 x 25,165,824 +
-# 6,144 = 100,669,440. A product of 8 x 3072 with 9216 x 3072: 2 x (28,311,552 + 8 x 12,288) =
+# 6,144 = 100,669,440; its derivative reads x and a gradient, writes one: 2 x 3 x 25,165,824, and
+# scale in 2 bytes, its gradient in 4: + 6 x 3072 = 151,013,376 (partial sums are not counted: our
+# own). A product of 8 x 3072 with 9216 x 3072: 2 x (28,311,552 + 8 x 12,288) =
 # 56,819,712. A layer of Phi-3-mini: 9216 x 3072 + 3072 x 3072 + 3 x 8192 x 3072 =
 # 113,246,208 weights, 32 of them 3,623,878,656; an embedding 32064 x 3072 = 98,500,608; norms 65 x
 # 3072 = 199,680. A decoding step reads all but one embedding: 2 x 3,722,578,944 = 7,445,157,888
@@ -70,6 +72,10 @@ def decode_bytes(T, H, K, C):
 
 def rms_norm_bytes(rows, D):
     return 2 * 2 * rows * D + 2 * D
+
+
+def rms_norm_backward_bytes(rows, D):
+    return 2 * 3 * rows * D + (2 + 4) * D
 
 
 def linear_bytes(rows, size, out):
@@ -117,7 +123,9 @@ def to_torch(array):
 
 
 def on_host(result):
-    """Returns CuPy's or PyTorch's result as a NumPy array in float32."""
+    """Returns CuPy's or PyTorch's result as a NumPy array in float32; of a tuple, each."""
+    if isinstance(result, tuple):
+        return tuple(map(on_host, result))
     if cupy is not None and isinstance(result, cupy.ndarray):
         return result.get().astype(np.float32)
     return result.float().cpu().numpy()
@@ -159,13 +167,24 @@ def rms_norm_error(inputs, result):
     return error_of(result[::97], exact) if np.isfinite(result).all() else math.inf
 
 
+def rms_norm_backward_error(inputs, result):
+    """Compares every 97th row of x's gradient, and all of scale's."""
+    gradient, x, scale = map(on_host, inputs)
+    d_x, d_scale = phi3_ref.textbook_rms_norm_backward(gradient, x, scale, 1e-5)
+    if not all(np.isfinite(part).all() for part in result):
+        return math.inf
+    return max(error_of(result[0][::97], d_x[::97]), error_of(result[1], d_scale))
+
+
 def on_poison(function, inputs):
     """Runs twice: the second result gets the memory of the first, filled with NaN in between."""
     result = function(*inputs)
-    if isinstance(result, cupy.ndarray):
-        result.view(np.int16).fill(-1)
-    else:
-        result.view(torch.int16).fill_(-1)
+    for array in result if isinstance(result, tuple) else (result,):
+        if isinstance(array, cupy.ndarray):
+            array.view(np.int16).fill(-1)
+        else:
+            array.view(torch.int16).fill_(-1)
+        del array
     del result
     return function(*inputs)
 
@@ -321,6 +340,32 @@ def bench_rms_norm(copied):
             lambda x, scale: torch.nn.functional.rms_norm(x, (D,), scale, 1e-5),
             [tuple(map(to_torch, inputs)) for inputs in sets], rms_norm_error, sets)
     row(f"RMSNorm [{rows}, {D}]", "GB/s", 1e9, ours, copied, peers, share=0.9)
+
+
+def torch_rms_norm_backward(amount, sets):
+    """Returns the rate of the operator behind the derivative of PyTorch's rms_norm."""
+    try:
+        operators, D = torch.ops.aten, sets[0][1].shape[-1]
+        theirs = [tuple(map(to_torch, inputs)) for inputs in sets]
+        theirs = [(*inputs, operators._fused_rms_norm(inputs[1], [D], inputs[2], 1e-5)[1])
+                  for inputs in theirs]  # with 1 / r, which the forward keeps
+        return rate("peer", amount, time_torch, lambda gradient, x, scale, inverse: (
+            operators._fused_rms_norm_backward(gradient, x, [D], inverse, scale, [True, True])),
+            theirs, rms_norm_backward_error, sets)
+    except Exception as problem:
+        return failed("peer", problem)
+
+
+def bench_rms_norm_backward(rows, D, copied):
+    amount = rms_norm_backward_bytes(rows, D)
+    sets = input_sets(lambda: (random_array(rows, D), random_array(rows, D), random_array(D)),
+                      amount)
+    what = f"RMSNorm backward [{rows}, {D}]"
+    ours = rate(what, amount, time_ours,
+                lambda *inputs: kernels_cuda.rms_norm_backward(*inputs, 1e-5), sets,
+                rms_norm_backward_error)
+    theirs = torch_rms_norm_backward(amount, sets) if has_torch() else absent()
+    row(what, "GB/s", 1e9, ours, copied, {"torch rms_norm": theirs})
 
 
 def bench_linear(rows, size, out, copied):
@@ -533,6 +578,8 @@ def main(arguments=None):
           "| reached |\n|---|---|---|---|---|---|---|---|")
     copied, multiplied = bench_limits()
     bench_rms_norm(copied)
+    for D in (3072, 5120):  # Phi-3-mini's and -medium's
+        bench_rms_norm_backward(8192, D, copied)
     for H, K, C in HEADS:
         for S in (1024, 4096, 16384):
             bench_attention(S, S, H, K, C, multiplied)

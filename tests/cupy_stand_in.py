@@ -110,7 +110,11 @@ def on_device(function):
         if out is not None:
             do(lambda: function(*args, **kwargs))
             return out[0] if isinstance(out, tuple) else out
-        host = np.asarray(function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if isinstance(result, tuple):  # a derivative's arrays: no graph needs them
+            refuse_while_capturing()
+            return tuple(map(ndarray, result))
+        host = np.asarray(result)
         hosts = [a for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
         if recorded is not None and not any(np.may_share_memory(host, a) for a in hosts):
             host = np.array(host)

@@ -82,7 +82,7 @@ def kernels(monkeypatch):
 
         return kernel
 
-    for name in ("rms_norm", "attention", "linear"):
+    for name in ("rms_norm", "rms_norm_backward", "attention", "linear"):
         monkeypatch.setattr(kernels_cuda, name, stand_in_for(name))
     monkeypatch.setattr(kernels_cuda, "array_module", cupy_stand_in)  # `capture`'s
     monkeypatch.setattr(phi3_ref, "linear", linear_as_on_the_device)
@@ -307,7 +307,7 @@ def assert_same_trees(on_host, on_device):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients(policy, fused, recompute):
+def test_gradients(policy, fused, recompute, kernels):
     """Of random models and masks, with dropout; what the host reads are numbers, not arrays."""
     for seed in range(4):
         config, inputs = random_case(random.Random(seed).choice)
@@ -316,10 +316,13 @@ def test_gradients(policy, fused, recompute):
         for causal_lm in learners(**config, dtype=policy, fused=fused, dropout=0.3,
                                   recompute=recompute):
             cupy_stand_in.transfers.clear()
+            kernels.clear()
             results.append(causal_lm.gradients(*batch_of))
         assert len(cupy_stand_in.transfers) <= 3 and max(cupy_stand_in.transfers) <= 8
         assert results[0][0] == results[1][0]
         assert_same_trees(results[0][1], results[1][1])
+        norms = 2 * config["num_layers"] + 1 if fused and policy != "float64" else 0
+        assert kernels.count("rms_norm_backward") == norms
 
 
 @pytest.mark.parametrize("model", MODELS)

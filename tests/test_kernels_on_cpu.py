@@ -262,6 +262,114 @@ def test_rms_norm_of_long_rows(dtype, D):
     check_rms_norm(x[:, 1:], x[1, 1:], 1e-6, reverse=True)
 
 
+# RMSNorm, backward --------------------------------------------------------------------------------
+
+def assert_rms_norm_gradients(found, gradient, x, scale, epsilon):
+    """Both gradients are the formulas', but for x's one rounding and the sums in float32."""
+    (d_x, d_scale), dtype = found, x.dtype.name
+    wide = [array.astype("float64") for array in (gradient, x, scale)]
+    exact, exact_scale = phi3_ref.textbook_rms_norm_backward(*wide, epsilon)
+    assert d_x.dtype == x.dtype and d_x.shape == x.shape and d_x.flags.c_contiguous
+    assert d_scale.dtype == "float32" and d_scale.shape == scale.shape
+    # What is subtracted may nearly cancel: the sums' errors are relative to the terms.
+    r = np.sqrt(np.mean(wide[1]**2, axis=-1, keepdims=True) + epsilon)
+    n, d_n = wide[1] / r, wide[0] * wide[2]
+    terms = (abs(d_n) + abs(n) * np.mean(abs(d_n * n), axis=-1, keepdims=True)) / r
+    rounded_once = np.maximum(ref.EPSILON[dtype] / 2 * abs(exact),
+                              float(ml_dtypes.finfo(x.dtype).smallest_subnormal) / 2)
+    assert (abs(d_x.astype("float64") - exact) <= 1.001 * rounded_once + 1e-6 * terms).all()
+    columns = abs(wide[0] * n).reshape(-1, len(scale)).sum(axis=0)
+    assert (abs(d_scale - exact_scale) <= 1e-6 * columns).all()
+
+
+def check_rms_norm_backward(gradient, x, scale, epsilon, **options):
+    """Compares one case with the formulas; returns the names of the kernels that ran."""
+    before = [array.tobytes() for array in (gradient, x, scale)]
+    with cuda_on_cpu.emulate(**options) as launches:
+        found = kernels_cuda.rms_norm_backward(gradient, x, scale, epsilon)
+    assert_rms_norm_gradients(found, gradient, x, scale, epsilon)
+    assert before == [array.tobytes() for array in (gradient, x, scale)]
+    return [name for name, *_ in launches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_backward(dtype):
+    """Any dimension and strides, and more or fewer rows than there are blocks."""
+    item = ref.NUMPY_DTYPE[dtype]
+    N = 16 // item(0).itemsize
+    dims = [1, 2, 7, 8, 16, 31, 32, 33, 63, 64, 96, 127, 128, 129, 255, 256, 257, 511, 512, 513,
+            1023, 1024, 1025, 2047, 2048, 2056, 3072, 5120]
+    layouts = st.sampled_from(["dense", "fused", "unaligned"])
+
+    @settings(max_examples=ref.examples(40))
+    @given(st.lists(st.integers(1, 3), max_size=3) | st.lists(st.integers(4, 40), max_size=1),
+           st.sampled_from(dims), st.integers(0, 99), layouts, layouts,
+           st.sampled_from([1e-6, 0.1]), st.sampled_from([0.01, 1.0, 100.0]),
+           st.sampled_from([1, 1, 2, 3]))
+    def all_equal(leading, D, seed, layout, other, epsilon, size, multiprocessors):
+        rng = np.random.default_rng(seed)
+
+        def array(layout, size):
+            more = {"dense": 0, "fused": 2 * N, "unaligned": 1}[layout]
+            x = (rng.normal(size=(*leading, D + more)) * size).astype(item)
+            return x[..., N:N + D] if layout == "fused" else x[..., -D:]
+
+        gradient, x = array(other, 1.0), array(layout, size)
+        x[rng.random(x.shape[:-1]) < 0.1] = 0  # a row of zeros has no direction
+        scale = rng.uniform(-1.5, 1.5, D).astype(item)
+        names = check_rms_norm_backward(gradient, x, scale, epsilon,
+                                        multiprocessors=multiprocessors)
+        if "unaligned" not in (layout, other):
+            assert names == [f"rms_norm_backward<{TYPES[dtype]}, {1 if D % N else N}>",
+                             "rms_norm_backward_scale"]
+
+    all_equal()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [4095, 4096, 4097, 8192, 8196, 16384, 16392, 20000])
+def test_rms_norm_backward_of_long_rows(dtype, D):
+    """Rows longer than a block's registers are read twice, and their sums kept in memory."""
+    gradient, x = np.random.default_rng(D).normal(size=(2, 5, D)).astype(ref.NUMPY_DTYPE[dtype])
+    scale = np.flip(x[0]).copy()
+    check_rms_norm_backward(gradient, x, scale, 1e-6, multiprocessors=2)
+    check_rms_norm_backward(gradient[:, 1:], x[:, 1:], scale[1:], 1e-6, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_backward_gives_the_same_bits_in_any_order(dtype):
+    gradient, x = np.random.default_rng(0).normal(size=(2, 70, 520)).astype(ref.NUMPY_DTYPE[dtype])
+    results = []
+    for reverse in (False, True):
+        with cuda_on_cpu.emulate(multiprocessors=2, reverse=reverse):
+            results.append([array.tobytes() for array in kernels_cuda.rms_norm_backward(
+                gradient, x, gradient[0], 1e-5)])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0)])
+def test_rms_norm_backward_with_nothing_to_do(shape):
+    x = np.ones(shape, "float16")
+    with cuda_on_cpu.emulate() as launches:
+        d_x, d_scale = kernels_cuda.rms_norm_backward(x, x, np.ones(shape[-1], "float16"), 1e-6)
+    assert d_x.shape == shape and d_x.dtype == "float16" and not launches
+    np.testing.assert_array_equal(d_scale, np.zeros(shape[-1], "float32"), strict=True)
+
+
+def test_bytes_of_rms_norm_backward():
+    """Each array is read or written once; beside that, partial sums and what caches hold move."""
+    rows, D, blocks = 64, 1024, 2 * 16
+    gradient, x = np.random.default_rng(0).normal(size=(2, rows, D)).astype("float16")
+    traffic = []
+    with cuda_on_cpu.emulate(multiprocessors=2, traffic=traffic) as launches:
+        kernels_cuda.rms_norm_backward(gradient, x, x[0], 1e-5)
+    (asked, _), (asked_by_sum, _) = traffic
+    assert launches[0][1] == (blocks,)
+    scale = 2 * rows * 2 * D  # twice a row, from the L1 cache
+    assert asked == 3 * 2 * rows * D + scale + 4 * blocks * D
+    assert asked_by_sum == 4 * blocks * D + 4 * D
+
+
 # Products of few rows -----------------------------------------------------------------------------
 
 def check_linear(x, weight, **options):
@@ -357,6 +465,22 @@ def test_rms_norm_refuses(x, scale, error, words):
     assert not launches
 
 
+@pytest.mark.parametrize("changes, error, words", [
+    ({"x": [1.0]}, TypeError, "x.*ndarray.*list"),
+    ({"x": np.ones((2, 8))}, ValueError, "x.*float64"),
+    ({"gradient": np.ones((2, 8), "float16")}, ValueError, "gradient.*float32.*float16"),
+    ({"gradient": np.ones((8, 2), "float32")}, ValueError, r"gradient.*\(2, 8\).*\(8, 2\)"),
+    ({"gradient": np.ones((2, 16), "float32")[:, ::2]}, ValueError, "gradient.*contiguous"),
+    ({"scale": np.ones(7, "float32")}, ValueError, r"scale.*\(8\).*\(7,\)"),
+    ({"scale": np.ones(8, "float16")}, ValueError, "scale.*float32.*float16")])
+def test_rms_norm_backward_refuses(changes, error, words):
+    right = {"gradient": np.ones((2, 8), "float32"), "x": np.ones((2, 8), "float32"),
+             "scale": np.ones(8, "float32"), "epsilon": 1e-6}
+    with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=f"(?s){words}"):
+        kernels_cuda.rms_norm_backward(**{**right, **changes})
+    assert not launches
+
+
 @pytest.mark.parametrize("x, weight, error, words", [
     (np.ones((2, 8)), np.ones((3, 8)), ValueError, "x.*float64"),
     (np.ones((2, 8), "float32"), np.ones((3, 8), "float16"), ValueError, "weight.*float32.*16"),
@@ -375,6 +499,7 @@ def test_linear_refuses(x, weight, error, words):
 # Cases that between them reach every line of each kernel.
 MUTANT_CASES = {
     "RMS_NORM": [],
+    "RMS_NORM_BACKWARD": [],
     "LINEAR": [],
     "ATTENTION_TILED": [Case("float32", 2, 70, 131, 2, 2, 96, "random", 66, size=6.0),
                         Case("float32", 1, 70, 131, 1, 2, 130, layout="fused", size=6.0)],
@@ -401,6 +526,12 @@ def is_caught(source_name, edit):
             x = np.random.default_rng(0).normal(size=(3, 20000)).astype("float16")
             for D in (20000, 200, 20001 - 4):
                 check_rms_norm(x[:, :D], x[0, :D], 0.1, edit=edit_this)
+        if source_name == "RMS_NORM_BACKWARD":
+            gradient, x = np.random.default_rng(0).normal(size=(2, 7, 20008)).astype("float16")
+            for rows, D in ((3, 20000), (3, 4101), (3, 1040), (3, 201)):
+                x = x[:rows, :D + 8].copy()  # another stride than the gradient's, and than D
+                check_rms_norm_backward(gradient[:rows, :D], x[:, :D], x[0, :D], 0.1,
+                                        edit=edit_this, multiprocessors=1)
         if source_name == "LINEAR":
             x = np.random.default_rng(0).normal(size=(7, 1400)).astype("float16")
             for size, out in ((1400, 5), (1024, 6), (1032, 7), (40, 1)):
@@ -510,7 +641,38 @@ MUTANTS = {
         "half of a warp": ("sum_over_lanes<1, 32>", "sum_over_lanes<1, 16>"),
         "the rest of a long row": ("threadIdx.x + ITEMS * threads; i < count; i += threads)\n"
                                    "        sum", "count; i < count; i += threads)\n        sum"),
-        "past the end of a row": ("if (i < count) out[i]", "if (i <= count) out[i]")}}
+        "past the end of a row": ("if (i < count) out[i]", "if (i <= count) out[i]")},
+    "RMS_NORM_BACKWARD": {
+        "the projection is dropped": (" - normed * mean", ""),
+        "epsilon is forgotten": ("squares / D + epsilon", "squares / D"),
+        "the wrong mean": ("products / D", "products / (D + 1)"),
+        "the wrong mean of squares": ("squares / D", "squares / (D + 1)"),
+        "the mean of n' x": ("products / D * inverse", "products / D"),
+        "scale is forgotten in x'": ("d_y * to_float(scale.element[n])", "d_y"),
+        "scale is forgotten in the mean": ("* to_float(scale.element[n]) * wide", "* wide"),
+        "x for n in scale's": ("d_y * normed;", "d_y * to_float(x.element[n]);"),
+        "a warp left out": ("w < threads / 32;", "w < threads / 32 - 1;"),
+        "half of a warp": ("sum_over_lanes<1, 32>(products)", "sum_over_lanes<1, 16>(products)"),
+        "one place for all rows": ("warp_sums[row % 2]", "warp_sums[0]"),
+        "a share's last row": ("row < end; row++", "row < end - 1; row++"),
+        "a row of the next share": ("row < end; row++", "row <= end && row < rows; row++"),
+        "the stride of x for the gradient": ("row * gradient_row", "row * x_row"),
+        "the stride of x in the result": ("(long long)row * D", "(long long)row * x_row"),
+        "the rest of a long row": (
+            "threadIdx.x + ITEMS * threads; i < count; i += threads)\n            add",
+            "count; i < count; i += threads)\n            add"),
+        "the rest's sums are not added up": ("in_memory[n] = partial[i * N + n]",
+                                             "in_memory[n] = 0.0f"),
+        "the rest's sums begin with garbage": ("if (row > first)", ""),
+        "partial sums of block 0": ("partial += (long long)blockIdx.x * D", "partial += 0 * D"),
+        "past the end of a row": ("            if (i < count)\n", "            if (i <= count)\n"),
+        "half of the partial sums written": ("n < N; n += M", "n < N; n += 2 * M"),
+        "the last partial sum forgotten": ("end = blocks * (warp + 1) / warps",
+                                           "end = (blocks - 1) * (warp + 1) / warps"),
+        "shares of partial sums overlap": ("end = blocks * (warp + 1) / warps",
+                                           "end = min(blocks, blocks * (warp + 1) / warps + 1)"),
+        "a warp of partial sums left out": ("w < warps; w++", "w < warps - 1; w++"),
+        "columns past the last": ("warp > 0 || column >= D", "warp > 0")}}
 
 
 @pytest.mark.parametrize("source_name, mutant", [

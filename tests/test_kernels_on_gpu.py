@@ -106,6 +106,25 @@ def test_rms_norm(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [
+    (1, 1), (3, 7), (5, 96), (2, 3, 129), (1, 3072), (4096, 3072), (1999, 5120), (700, 8193),
+    (300, 16384), (700, 20000)])
+def test_rms_norm_backward(dtype, shape):
+    """In memory that held NaN, dense and strided; more and fewer rows than there are blocks."""
+    rng = np.random.default_rng(shape[-1])
+    gradient, x = rng.normal(size=(2, *shape[:-1], shape[-1] + 8)).astype(ref.NUMPY_DTYPE[dtype])
+    scale = rng.uniform(0.5, 1.5, shape[-1]).astype(x.dtype)
+    for part in (slice(-8), slice(8, None), slice(1, -7)):
+        inputs = gradient[..., part], x[..., :-8].copy() if part.start == 8 else x[..., part], scale
+        arrays = [to_gpu(array) for array in inputs]
+        for array in kernels_cuda.rms_norm_backward(*arrays, 1e-6):
+            array.view(np.uint8).fill(0xFF)
+        del array  # the next call gets this memory
+        found = [array.get() for array in kernels_cuda.rms_norm_backward(*arrays, 1e-6)]
+        on_cpu.assert_rms_norm_gradients(found, *inputs, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("size, out", [
     (1, 1), (97, 5), (136, 9), (3072, 9216), (3072, 16384), (8192, 3072), (3072, 32064)])
@@ -128,6 +147,9 @@ def test_same_bits_every_time(dtype, S, T):
     assert others == [first, first]
     x, scale = (to_gpu(inputs[0][i].reshape(-1, 96)[:n]) for i, n in ((0, None), (1, 1)))
     first, *others = (kernels_cuda.rms_norm(x, scale[0], 1e-6).get().tobytes() for _ in range(3))
+    assert others == [first, first]
+    first, *others = ([array.get().tobytes() for array in kernels_cuda.rms_norm_backward(
+        x, x, scale[0], 1e-6)] for _ in range(3))
     assert others == [first, first]
 
 

@@ -18,12 +18,12 @@ import kernels_cuda
 
 NAMES = {source_name: [name for source, name in kernels_cuda.instances()
                        if source == getattr(kernels_cuda, source_name)]
-         for source_name in ("RMS_NORM", "ATTENTION_TILED", "ATTENTION_TENSOR_CORES",
-                             "ATTENTION_DECODE", "LINEAR")}
+         for source_name in ("RMS_NORM", "RMS_NORM_BACKWARD", "ATTENTION_TILED",
+                             "ATTENTION_TENSOR_CORES", "ATTENTION_DECODE", "LINEAR")}
 REGISTERS = 65_536  # of one multiprocessor
 STATIC_SHARED_MEMORY = 48 << 10  # bytes that a kernel may declare
 MOST_SPILLED = 256  # bytes, stores and loads: a few registers, outside of the innermost loops
-ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100"]
+ARCHITECTURES = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
 def include_directory():
