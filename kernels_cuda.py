@@ -717,6 +717,258 @@ __global__ void __launch_bounds__(256) attention_combine(
 }
 """
 
+# ---- Attention, backward: any head_dim -----------------------------------------------------------
+
+BACKWARD_HEADER = ATTENTION_HEADER + r"""
+// The derivative of attention. With the scores s = q k^T / sqrt(C), p = softmax(s), context = p v,
+// and ' for the gradient with respect to something:
+//
+//     v' = p^T context'     p' = context' v^T     s' = p (p' - delta)     delta = sum of p p'
+//     q' = s' k / sqrt(C)   k' = s'^T q / sqrt(C)                         over the query's keys
+//
+// FlashAttention-2's scheme: p is not kept but computed again, a tile at a time, from what a query
+// knows of its whole row: `statistics`, float32, [B, H, 2, rows], where rows is S rounded up to 64,
+//
+//     [0]  the logarithm to the base 2 of the sum of exp(s), so that p is exp2(score scale - it)
+//     [1]  delta
+//
+// Two kernels, so that every gradient is summed in the registers of one block, in a fixed order,
+// and nothing is added in memory:
+//
+//              keys     0..63  64..127  128..191
+//     queries   0..63  [ \   ]                     1. a block owns a row of tiles. It walks along
+//     queries  64..127 [     ][ \    ]                them twice, for the statistics and for q'
+//     queries 128..191 [     ][      ][ \     ]    2. a block owns a column of tiles: it walks down
+//                                                     them, through all G heads that share the keys,
+//                                                     for k' and v'
+//
+// The work that must be done is five products: 10 C operations per visible (query, key) pair, 2.5
+// times the forward's. These two kernels do nine: scores and p' are computed for the statistics,
+// for q', and for k' and v': 18 C. (With statistics from the forward, and delta as the sum of
+// context context' over the columns, it would be 14 C.) Queries that see nothing have p = 0, and
+// so have keys that nobody sees: their gradients are zeros.
+#define BACKWARD_INPUTS ATTENTION_INPUTS, const E* __restrict__ gradient, \
+    long long gradient_b, long long gradient_s, long long gradient_h, \
+    float* __restrict__ statistics, int rows
+constexpr float LN_2 = 0.69314718f;  // scale is C^-0.5 / LN_2
+"""
+
+ATTENTION_BACKWARD_TILED = BACKWARD_HEADER + r"""
+// The derivative in float32 on the CUDA cores, for any C, any strides and any GPU. Products as in
+// `attention_tiled`: 256 threads as 16 x 16; thread (ty, tx) holds 4 x 4 of a tile of scores, 64
+// rows that the block owns times 64 others, and 4 x 8 of a gradient: own rows 4 ty + i, columns
+// 4 tx + 64 j ... In the first kernel the block owns queries, in the second keys: there all tiles
+// are transposed, and the code is the same.
+//
+// Per tile of 64 x 64 a block reads 4 C elements of 64 others and again of its own from the caches,
+// 512 C elements for 6 C 4096 operations and more: about 50 per element. The limit is the float32
+// units. (Columns beyond 128 compute the scores anew.)
+constexpr int TILE = 64, SLICE = 32, COLUMNS = 128, PART = 16;
+struct Shared {  // 4 floats of padding per row: 8 rows then lie in 8 different groups of banks
+    float own[TILE][SLICE + 4], other[TILE][SLICE + 4];
+    float weights[TILE][TILE + 4], part[PART][COLUMNS];
+};
+using Four = Vector<float, 4>;
+
+// Up to 64 rows of a tile; `count` of them exist.
+template <typename E> struct Rows { const E* start; long long stride; int count; };
+
+// product = own other^T, over slices of the C columns.
+template <typename E> __device__ __forceinline__
+void multiply_rows(float (&product)[4][4], Rows<E> own, Rows<E> other, int C, Shared& shared) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    UNROLLED for (int i = 0; i < 4; i++) UNROLLED for (int j = 0; j < 4; j++) product[i][j] = 0.0f;
+    for (int slice = 0; slice < C; slice += SLICE) {
+        __syncthreads();  // everyone is done with the slice before
+        for (int i = threadIdx.x; i < TILE * SLICE; i += 256) {
+            const int row = i / SLICE, c = slice + i % SLICE;
+            shared.own[row][i % SLICE] = row < own.count && c < C
+                ? to_float(own.start[row * own.stride + c]) : 0.0f;
+            shared.other[row][i % SLICE] = row < other.count && c < C
+                ? to_float(other.start[row * other.stride + c]) : 0.0f;
+        }
+        __syncthreads();
+        #pragma unroll 2
+        for (int c = 0; c < SLICE; c += 4) {
+            Four a[4], b[4];
+            UNROLLED for (int i = 0; i < 4; i++) {
+                a[i] = *reinterpret_cast<const Four*>(&shared.own[4 * ty + i][c]);
+                b[i] = *reinterpret_cast<const Four*>(&shared.other[tx + 16 * i][c]);
+            }
+            UNROLLED for (int i = 0; i < 4; i++)
+                UNROLLED for (int j = 0; j < 4; j++)
+                    UNROLLED for (int e = 0; e < 4; e++)
+                        product[i][j] += a[i].element[e] * b[j].element[e];
+        }
+    }
+}
+
+// sum += weights other, columns c0 ... c0 + 127, through shared memory.
+template <typename E> __device__ __forceinline__
+void add_weighted_rows(float (&sum)[4][8], const float (&weights)[4][4], Rows<E> other, int c0,
+                       int C, Shared& shared) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    __syncthreads();  // everyone is done with the weights before
+    UNROLLED for (int i = 0; i < 4; i++)
+        UNROLLED for (int j = 0; j < 4; j++)
+            shared.weights[4 * ty + i][tx + 16 * j] = weights[i][j];
+    for (int first = 0; first < TILE; first += PART) {
+        __syncthreads();  // the weights are there, and everyone is done with the part before
+        for (int i = threadIdx.x; i < PART * COLUMNS; i += 256) {
+            const int row = first + i / COLUMNS, c = c0 + i % COLUMNS;
+            shared.part[i / COLUMNS][i % COLUMNS] = row < other.count && c < C
+                ? to_float(other.start[row * other.stride + c]) : 0.0f;
+        }
+        __syncthreads();
+        #pragma unroll 4
+        for (int row = 0; row < PART; row++) {
+            const Four x[2] = {*reinterpret_cast<const Four*>(&shared.part[row][4 * tx]),
+                               *reinterpret_cast<const Four*>(&shared.part[row][4 * tx + 64])};
+            UNROLLED for (int i = 0; i < 4; i++) {
+                const float weight = shared.weights[4 * ty + i][first + row];
+                UNROLLED for (int j = 0; j < 8; j++)
+                    sum[i][j] += weight * x[j / 4].element[j % 4];
+            }
+        }
+    }
+}
+
+// Write the block's own rows of a gradient, [.., C], times a factor.
+template <typename E> __device__ __forceinline__
+void write_rows(E* start, long long stride, int count, const float (&sum)[4][8], float factor,
+                int c0, int C) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    UNROLLED for (int i = 0; i < 4; i++)
+        UNROLLED for (int j = 0; j < 8; j++) {
+            const int row = 4 * ty + i, c = c0 + 4 * tx + j % 4 + j / 4 * 64;
+            if (row < count && c < C) start[row * stride + c] = from_float<E>(sum[i][j] * factor);
+        }
+}
+
+template <typename E>
+__global__ void __launch_bounds__(256) query_gradient_tiled(
+    BACKWARD_INPUTS, E* __restrict__ d_query) {
+    __shared__ __align__(16) Shared shared;
+    const int chunks = (C + COLUMNS - 1) / COLUMNS;
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest rows begin first
+    const int h = blockIdx.y / chunks, c0 = blockIdx.y % chunks * COLUMNS, k = h / (H / K);
+    const long long b = blockIdx.z;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const Rows<E> queries = {query + b * query_b + h * query_h + q0 * query_s, query_s, S - q0};
+    const Rows<E> gradients = {gradient + b * gradient_b + h * gradient_h + q0 * gradient_s,
+                               gradient_s, S - q0};
+    key += b * key_b + k * key_k;
+    value += b * value_b + k * value_k;
+    if (has_mask) mask += b * T;
+    statistics += (b * H + h) * 2 * rows + q0;
+
+    const int offset = T - S;  // the position of query 0
+    const int end = offset + (q0 + TILE < S ? q0 + TILE : S);  // no query of the tile sees past it
+    const int from = offset + q0 - window + 1, first = from > 0 ? from / TILE * TILE : 0;
+    float peak[4] = {NOTHING, NOTHING, NOTHING, NOTHING}, total[4] = {}, delta[4] = {};
+    float log_sum[4] = {}, sum[4][8] = {};
+
+    for (int pass = 0; pass < 2; pass++) {
+        for (int t0 = first; t0 < end; t0 += TILE) {
+            float score[4][4], d_p[4][4];
+            multiply_rows(score, queries, Rows<E>{key + t0 * key_t, key_t, T - t0}, C, shared);
+            multiply_rows(d_p, gradients, Rows<E>{value + t0 * value_t, value_t, T - t0}, C,
+                          shared);
+            UNROLLED for (int i = 0; i < 4; i++)
+                UNROLLED for (int j = 0; j < 4; j++) {
+                    const int t = t0 + tx + 16 * j, distance = offset + q0 + 4 * ty + i - t;
+                    if (distance < 0 || distance >= window || t >= T || (has_mask && !mask[t]))
+                        score[i][j] = NOTHING;
+                }
+            if (pass == 0) {  // the online softmax of the forward; delta is mixed as a value is
+                UNROLLED for (int i = 0; i < 4; i++) {
+                    float highest = NOTHING;
+                    UNROLLED for (int j = 0; j < 4; j++) highest = fmaxf(highest, score[i][j]);
+                    const Rescaling r =
+                        raise_peak(peak[i], highest_over_lanes<1, 16>(highest) * scale);
+                    float weights = 0.0f, mixed = 0.0f;
+                    UNROLLED for (int j = 0; j < 4; j++) {
+                        const float weight = weight_of(score[i][j], scale, r.shift);
+                        weights += weight;
+                        mixed += weight * d_p[i][j];
+                    }
+                    total[i] = total[i] * r.shrink + sum_over_lanes<1, 16>(weights);
+                    delta[i] = delta[i] * r.shrink + sum_over_lanes<1, 16>(mixed);
+                }
+            } else {
+                UNROLLED for (int i = 0; i < 4; i++)
+                    UNROLLED for (int j = 0; j < 4; j++)  // scores become s'
+                        score[i][j] = weight_of(score[i][j], scale, log_sum[i])
+                            * (d_p[i][j] - delta[i]);
+                add_weighted_rows(sum, score, Rows<E>{key + t0 * key_t, key_t, T - t0}, c0, C,
+                                  shared);
+            }
+        }
+        if (pass == 0) {
+            UNROLLED for (int i = 0; i < 4; i++) {
+                if (total[i] != 0.0f) {  // else the query sees nothing, and all its p are 0
+                    log_sum[i] = peak[i] + log2f(total[i]);
+                    delta[i] /= total[i];
+                }
+                if (c0 == 0 && tx == 0) {
+                    statistics[4 * ty + i] = log_sum[i];
+                    statistics[rows + 4 * ty + i] = delta[i];
+                }
+            }
+        }
+    }
+    write_rows(d_query + ((b * S + q0) * H + h) * C, (long long)H * C, S - q0, sum, scale * LN_2,
+               c0, C);
+}
+
+template <typename E>
+__global__ void __launch_bounds__(256) key_value_gradients_tiled(
+    BACKWARD_INPUTS, E* __restrict__ d_key, E* __restrict__ d_value) {
+    __shared__ __align__(16) Shared shared;
+    const int chunks = (C + COLUMNS - 1) / COLUMNS, G = H / K;
+    const int t0 = blockIdx.x * TILE;  // the first keys, which most queries see, begin first
+    const int k = blockIdx.y / chunks, c0 = blockIdx.y % chunks * COLUMNS;
+    const long long b = blockIdx.z;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const Rows<E> keys = {key + b * key_b + k * key_k + t0 * key_t, key_t, T - t0};
+    const Rows<E> values = {value + b * value_b + k * value_k + t0 * value_t, value_t, T - t0};
+    if (has_mask) mask += b * T;
+
+    // The queries at positions t0 ... t0 + 63 + window - 1, less those that do not exist.
+    const int offset = T - S, first = t0 > offset ? (t0 - offset) / TILE * TILE : 0;
+    const int last = t0 + TILE - 1 + window - offset, end = last < S ? last : S;
+    float d_k[4][8] = {}, d_v[4][8] = {};
+
+    for (int h = k * G; h < k * G + G; h++)
+        for (int q0 = first; q0 < end; q0 += TILE) {
+            const Rows<E> queries = {query + b * query_b + h * query_h + q0 * query_s, query_s,
+                                     S - q0};
+            const Rows<E> gradients = {gradient + b * gradient_b + h * gradient_h + q0 * gradient_s,
+                                       gradient_s, S - q0};
+            const float* log_sum = statistics + (b * H + h) * 2 * rows + q0;
+            const float* delta = log_sum + rows;
+            float p[4][4], d_s[4][4];  // at first scores and p'; queries past the last are zeros
+            multiply_rows(p, keys, queries, C, shared);
+            multiply_rows(d_s, values, gradients, C, shared);
+            UNROLLED for (int i = 0; i < 4; i++)
+                UNROLLED for (int j = 0; j < 4; j++) {
+                    const int q = tx + 16 * j, t = t0 + 4 * ty + i;
+                    const int distance = offset + q0 + q - t;
+                    const bool seen = distance >= 0 && distance < window && t < T
+                        && (!has_mask || mask[t]);
+                    p[i][j] = seen ? weight_of(p[i][j], scale, log_sum[q]) : 0.0f;
+                    d_s[i][j] = p[i][j] * (d_s[i][j] - delta[q]);
+                }
+            add_weighted_rows(d_v, p, gradients, c0, C, shared);
+            add_weighted_rows(d_k, d_s, queries, c0, C, shared);
+        }
+
+    const long long start = ((b * T + t0) * K + k) * C, stride = (long long)K * C;
+    write_rows(d_key + start, stride, T - t0, d_k, scale * LN_2, c0, C);
+    write_rows(d_value + start, stride, T - t0, d_v, 1.0f, c0, C);
+}
+"""
+
 # ---- Products of few rows ------------------------------------------------------------------------
 
 LINEAR = HEADER + r"""
@@ -788,6 +1040,8 @@ def instances():
             found += [(RMS_NORM, f"rms_norm<{E}, {N}>")]
             found += [(LINEAR, f"linear<{E}, {N}, {rows}>") for rows in LINEAR_ROWS]
         found += [(ATTENTION_TILED, f"attention_tiled<{E}>")]
+        found += [(ATTENTION_BACKWARD_TILED, f"{name}_tiled<{E}>")
+                  for name in ("query_gradient", "key_value_gradients")]
         found += [(ATTENTION_DECODE, f"attention_combine<{E}>")]
         found += [(ATTENTION_DECODE, f"attention_decode<{E}, {columns}, {rows}>")
                   for columns, rows in DECODE_BLOCKS]
@@ -937,20 +1191,8 @@ def rms_norm(x, scale, epsilon):
     return y
 
 
-def attention(query, key, value, padding_mask=None, sliding_window=None):
-    """Causal grouped-query attention that never holds the score matrix: phi3_ref's `attention`.
-
-    Args:
-        query: [B, S, H, C], float32, float16 or bfloat16, on the GPU; the queries are the last S of
-            the T positions. It may be a slice of the fused projection, and so may the next two.
-        key: [B, T, K, C]; query head h reads key/value head h // (H // K).
-        value: [B, T, K, C].
-        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
-        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
-
-    Returns:
-        [B, S, H, C], contiguous, in the dtype of `query`. Rows that see no key are zero.
-    """
+def attention_inputs(query, key, value, padding_mask, sliding_window):
+    """Check the arguments of `attention`; return what ATTENTION_INPUTS lists."""
     check_array("query", query, (None,) * 4)
     B, S, H, C = query.shape
     check_array("key", key, (B, None, None, C), like=query)
@@ -966,17 +1208,35 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         mask = array_module.ascontiguousarray(padding_mask, dtype=bool)
     else:
         mask = array_module.empty(1, bool)  # the kernels do not look at it
+    strides = [stride // query.itemsize for array in (query, key, value)
+               for stride in array.strides[:3]]
+    window, scale = min(sliding_window or T, T), np.float32(max(C, 1)**-0.5 * math.log2(math.e))
+    return (query, key, value, mask, np.int32(has_mask), *map(np.int64, strides),
+            *map(np.int32, (S, T, H, K, C, window)), scale)
+
+
+def attention(query, key, value, padding_mask=None, sliding_window=None):
+    """Causal grouped-query attention that never holds the score matrix: phi3_ref's `attention`.
+
+    Args:
+        query: [B, S, H, C], float32, float16 or bfloat16, on the GPU; the queries are the last S of
+            the T positions. It may be a slice of the fused projection, and so may the next two.
+        key: [B, T, K, C]; query head h reads key/value head h // (H // K).
+        value: [B, T, K, C].
+        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
+        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+
+    Returns:
+        [B, S, H, C], contiguous, in the dtype of `query`. Rows that see no key are zero.
+    """
+    inputs = attention_inputs(query, key, value, padding_mask, sliding_window)
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
     output = array_module.empty((B, S, H, C), query.dtype)
     if output.size == 0:
         return output
 
     E, G = TYPES[query.dtype.name], H // K
     capability, multiprocessors, shared_memory = gpu_limits()
-    strides = [stride // query.itemsize for array in (query, key, value)
-               for stride in array.strides[:3]]
-    window, scale = min(sliding_window or T, T), np.float32(C**-0.5 * math.log2(math.e))
-    inputs = (query, key, value, mask, np.int32(has_mask), *map(np.int64, strides),
-              *map(np.int32, (S, T, H, K, C, window)), scale)
     fast = C <= 256 and in_vectors(query, key, value)
 
     if fast and S <= 8:
@@ -984,7 +1244,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         rows = 1 if S * G == 1 else 4 if S * G <= 4 or columns == 256 else 8
         heads = K * divide_up(S * G, rows)
         # As many blocks as run at once, each with at least one round of 64 keys.
-        keys = min(T, window + S - 1)
+        keys = min(T, (sliding_window or T) + S - 1)
         blocks = DECODE_BLOCKS[columns, rows] * multiprocessors
         splits = max(1, min(blocks // (B * heads), divide_up(keys, 64)))
         per_split = divide_up(keys, splits)
@@ -1012,6 +1272,38 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     load_kernel(ATTENTION_TILED, f"attention_tiled<{E}>")(
         (divide_up(S, 64), H * divide_up(C, 128), B), (256,), (*inputs, output))
     return output
+
+
+def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None):
+    """Return the gradients of attention's query, key and value: phi3_ref's `attention_backward`.
+
+    Args:
+        gradient: [B, S, H, C], that of the result, in the dtype of `query`.
+        query, key, value, padding_mask, sliding_window: as for `attention`.
+
+    Returns:
+        [B, S, H, C], [B, T, K, C] and [B, T, K, C], contiguous, in the dtype of `query`; summed in
+        float32, rounded once. Queries that see no key, and keys that nobody sees, have zeros.
+    """
+    inputs = attention_inputs(query, key, value, padding_mask, sliding_window)
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    check_array("gradient", gradient, query.shape, like=query)
+    d_query, d_key, d_value = (array_module.empty(array.shape, query.dtype)
+                               for array in (query, key, value))
+    if key.size == 0:
+        return d_query, d_key, d_value
+
+    E, rows = TYPES[query.dtype.name], 64 * divide_up(S, 64)
+    statistics = array_module.empty((B, H, 2, rows), np.float32)
+    inputs += (gradient, *(np.int64(stride // query.itemsize) for stride in gradient.strides[:3]),
+               statistics, np.int32(rows))
+    chunks = divide_up(C, 128)
+    if query.size:
+        load_kernel(ATTENTION_BACKWARD_TILED, f"query_gradient_tiled<{E}>")(
+            (rows // 64, H * chunks, B), (256,), (*inputs, d_query))
+    load_kernel(ATTENTION_BACKWARD_TILED, f"key_value_gradients_tiled<{E}>")(
+        (divide_up(T, 64), K * chunks, B), (256,), (*inputs, d_key, d_value))
+    return d_query, d_key, d_value
 
 
 def linear(x, weight):
