@@ -369,7 +369,29 @@ __global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, E* __re
 
 # ---- Attention, many queries: the tensor cores ---------------------------------------------------
 
-ATTENTION_TENSOR_CORES = ATTENTION_HEADER + r"""
+COPY_TILE = r"""
+// A tile of a block of 128 threads, [ROWS, C_PADDED + 8] in shared memory, from rows in global.
+template <typename E, int ROWS, int C_PADDED>
+__device__ __forceinline__ void copy_tile(E* tile, const E* source, long long stride, int rows,
+                                          int C) {
+    // 8 lanes read 128 neighbouring bytes of a row. What lies outside becomes zero.
+    const int row0 = threadIdx.x / 8, c0 = threadIdx.x % 8 * 8;
+    source += row0 * stride + c0;
+    tile += row0 * (C_PADDED + 8) + c0;
+    UNROLLED for (int i = 0; i < ROWS; i += 16) {
+        UNROLLED for (int j = 0; j < C_PADDED; j += 64)
+            if (c0 + j < C_PADDED)
+                cp_async_16(tile + i * (C_PADDED + 8) + j, source + j,
+                            row0 + i < rows && c0 + j < C);
+        source += 16 * stride;
+    }
+}
+
+__device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
+__device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+"""
+
+ATTENTION_TENSOR_CORES = ATTENTION_HEADER + COPY_TILE + r"""
 // FlashAttention-2 for 16-bit types (sm_80 and newer). One block of 4 warps takes 64 or 128 queries
 // of one head; warp w owns 16 or 32 of them (M tiles of 16 rows) for all keys, so that no softmax
 // crosses a warp. The block walks over the visible keys in tiles:
@@ -392,25 +414,6 @@ ATTENTION_TENSOR_CORES = ATTENTION_HEADER + r"""
 // keeps them waiting: one exp2 and about ten other instructions for every 4 C operations.
 //
 // Shared memory: (64 M + 4 KEYS) (C_PADDED + 8) 2 bytes, 80 KB at C = 96 and M = 2.
-template <typename E, int ROWS, int C_PADDED>
-__device__ __forceinline__ void copy_tile(E* tile, const E* source, long long stride, int rows,
-                                          int C) {
-    // 8 lanes read 128 neighbouring bytes of a row. What lies outside becomes zero.
-    const int row0 = threadIdx.x / 8, c0 = threadIdx.x % 8 * 8;
-    source += row0 * stride + c0;
-    tile += row0 * (C_PADDED + 8) + c0;
-    UNROLLED for (int i = 0; i < ROWS; i += 16) {
-        UNROLLED for (int j = 0; j < C_PADDED; j += 64)
-            if (c0 + j < C_PADDED)
-                cp_async_16(tile + i * (C_PADDED + 8) + j, source + j,
-                            row0 + i < rows && c0 + j < C);
-        source += 16 * stride;
-    }
-}
-
-__device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
-__device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
-
 template <typename E, int C_PADDED, int M>
 __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
     ATTENTION_INPUTS, E* __restrict__ output) {
@@ -727,7 +730,7 @@ BACKWARD_HEADER = ATTENTION_HEADER + r"""
 //     q' = s' k / sqrt(C)   k' = s'^T q / sqrt(C)                         over the query's keys
 //
 // FlashAttention-2's scheme: p is not kept but computed again, a tile at a time, from what a query
-// knows of its whole row: `statistics`, float32, [B, H, 2, rows], where rows is S rounded up to 64,
+// knows of its whole row, `statistics`: float32, [B, H, 2, rows], S rounded up to 128 rows,
 //
 //     [0]  the logarithm to the base 2 of the sum of exp(s), so that p is exp2(score scale - it)
 //     [1]  delta
@@ -739,8 +742,8 @@ BACKWARD_HEADER = ATTENTION_HEADER + r"""
 //     queries   0..63  [ \   ]                     1. a block owns a row of tiles. It walks along
 //     queries  64..127 [     ][ \    ]                them twice, for the statistics and for q'
 //     queries 128..191 [     ][      ][ \     ]    2. a block owns a column of tiles: it walks down
-//                                                     them, through all G heads that share the keys,
-//                                                     for k' and v'
+//                                                     them, through all G heads that share its
+//                                                     keys, for k' and v'
 //
 // The work that must be done is five products: 10 C operations per visible (query, key) pair, 2.5
 // times the forward's. These two kernels do nine: scores and p' are computed for the statistics,
@@ -969,6 +972,318 @@ __global__ void __launch_bounds__(256) key_value_gradients_tiled(
 }
 """
 
+# ---- Attention, backward: the tensor cores -------------------------------------------------------
+
+ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + COPY_TILE + r"""
+// The derivative for 16-bit types (sm_80 and newer), C up to 128. Warps, tiles and copies are those
+// of `attention_tensor_cores`: one of a block's 4 warps has 16 M of the block's own rows to itself,
+// and the others pass by in two buffers. In the first kernel own rows are queries, in the second
+// keys, whose tiles of scores are transposed. Then both kernels are the same two products,
+//
+//     [own, others] = own rows . other rows            scores, p'       (multiply_rows)
+//     [own, C] += [own, others] other rows             q', k', v'       (add_weighted_rows)
+//
+//     1. own  query | context'    others  key   | value           q' += s' key
+//     2. own  key   | value       others  query | context'        k' += s'^T query
+//                                                                 v' += p^T context'
+//
+// and what mma returns is, rounded to 16 bits, the left operand that it takes: p and s' never leave
+// the registers, no tile is transposed in memory, and no sum crosses a warp.
+//
+// Per other row, 4 C bytes of it serve 4 C 64 M and 6 C 64 M operations in the first kernel's two
+// walks, and 8 C 64 in the second (M = 1: two gradients fill its registers): 128 operations per
+// byte or more with M = 2, which the L2 cache can feed. The limit is the tensor cores, and next to
+// them shared memory: with M = 1 an mma needs 256 bytes of right operand for 4096 operations.
+//
+// Shared memory: (128 M + 4 OTHERS) (C_PADDED + 8) 2 bytes, and statistics in the second kernel.
+template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
+void multiply_rows(float (&product)[M][N / 8][4], const E* own, const E* other) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32;
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int n = 0; n < N / 8; n++)
+            UNROLLED for (int i = 0; i < 4; i++) product[m][n][i] = 0.0f;
+    UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+        uint32_t a[M][4];
+        UNROLLED for (int m = 0; m < M; m++)
+            ldmatrix_x4(a[m], own + (16 * m + lane % 16) * STRIDE + c + lane / 16 * 8);
+        UNROLLED for (int n = 0; n < N / 8; n += 2) {
+            uint32_t x[4];  // other rows 8 n .. 8 n + 15, two right operands
+            ldmatrix_x4(x, other + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
+                           + c + lane / 8 % 2 * 8);
+            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+            UNROLLED for (int m = 0; m < M; m++) {
+                mma_m16n8k16<E>(product[m][n], a[m], left);
+                mma_m16n8k16<E>(product[m][n + 1], a[m], right);
+            }
+        }
+    }
+}
+
+template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
+void add_weighted_rows(float (&sum)[M][C_PADDED / 8][4], const float (&weights)[M][N / 8][4],
+                       const E* other) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32;
+    UNROLLED for (int n = 0; n < N / 8; n += 2) {
+        uint32_t a[M][4];
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 others
+                const float* pair = &weights[m][n + i / 2][i % 2 * 2];
+                a[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
+            }
+        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+            uint32_t x[4];  // columns c .. c + 15, two right operands
+            ldmatrix_x4_trans(x, other + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
+            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+            UNROLLED for (int m = 0; m < M; m++) {
+                mma_m16n8k16<E>(sum[m][c / 8], a[m], left);
+                mma_m16n8k16<E>(sum[m][c / 8 + 1], a[m], right);
+            }
+        }
+    }
+}
+
+// Write a warp's rows of a gradient, times a factor, by way of its own rows of a tile.
+template <typename E, int C_PADDED, int M> __device__ __forceinline__
+void write_rows(E* start, long long stride, int count, int C,
+                const float (&sum)[M][C_PADDED / 8][4], float factor, E* own) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __syncwarp();
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int i = 0; i < 2; i++)
+            UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
+                *reinterpret_cast<Vector<E, 2>*>(
+                    own + (16 * m + g + 8 * i) * STRIDE + 8 * n + 2 * t) = {
+                    from_float<E>(sum[m][n][2 * i] * factor),
+                    from_float<E>(sum[m][n][2 * i + 1] * factor)};
+    __syncwarp();
+    UNROLLED for (int i = 0; i < 16 * M; i += 4)
+        UNROLLED for (int j = 0; j < C_PADDED; j += 64) {
+            const int row = i + lane / 8, c = j + lane % 8 * 8;
+            if (row < count && c < C)
+                *reinterpret_cast<Vector<E, 8>*>(start + row * stride + c) =
+                    *reinterpret_cast<const Vector<E, 8>*>(own + row * STRIDE + c);
+        }
+}
+
+template <typename E, int C_PADDED, int M>
+__global__ void __launch_bounds__(128, 2) query_gradient_tensor_cores(
+    BACKWARD_INPUTS, E* __restrict__ d_query) {
+    constexpr int KEYS = M == 1 && C_PADDED <= 96 ? 64 : 32, QUERIES = 64 * M;
+    constexpr int STRIDE = C_PADDED + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    E* queries = reinterpret_cast<E*>(shared);  // [QUERIES][STRIDE]
+    E* gradients = queries + QUERIES * STRIDE;
+    E* buffers = gradients + QUERIES * STRIDE;  // [2][keys, values][KEYS][STRIDE]
+
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * QUERIES;  // the longest rows begin first
+    const int h = blockIdx.y, k = h / (H / K);
+    const long long b = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    query += b * query_b + h * query_h + q0 * query_s;
+    gradient += b * gradient_b + h * gradient_h + q0 * gradient_s;
+    key += b * key_b + k * key_k;
+    value += b * value_b + k * value_k;
+    if (has_mask) mask += b * T;
+
+    const int offset = T - S;  // the position of query 0
+    const int end = offset + (q0 + QUERIES < S ? q0 + QUERIES : S);
+    const int from = offset + q0 - window + 1, first = from > 0 ? from / KEYS * KEYS : 0;
+    const int tiles = (end - first + KEYS - 1) / KEYS;
+    const int row0 = warp * 16 * M;  // the warp's queries: q0 + row0 ..., at positions lowest ...
+    const int lowest = offset + q0 + row0;
+    const int highest = (lowest + 16 * M < end ? lowest + 16 * M : end) - 1;
+    statistics += (b * H + h) * 2 * rows + q0 + row0;
+
+    auto copy_keys_and_values = [&](int i) {  // i runs through the tiles twice
+        const int t0 = first + i % tiles * KEYS;
+        E* tile = buffers + i % 2 * 2 * KEYS * STRIDE;
+        copy_tile<E, KEYS, C_PADDED>(tile, key + t0 * key_t, key_t, T - t0, C);
+        copy_tile<E, KEYS, C_PADDED>(
+            tile + KEYS * STRIDE, value + t0 * value_t, value_t, T - t0, C);
+        cp_async_commit();
+    };
+    copy_tile<E, QUERIES, C_PADDED>(queries, query, query_s, S - q0, C);
+    copy_tile<E, QUERIES, C_PADDED>(gradients, gradient, gradient_s, S - q0, C);
+    copy_keys_and_values(0);
+
+    // [.][2]: rows g and g + 8. Until all keys have passed, log_sum is the peak of the scores.
+    float log_sum[M][2], delta[M][2] = {}, total[M][2] = {}, sum[M][C_PADDED / 8][4] = {};
+    UNROLLED for (int m = 0; m < M; m++) log_sum[m][0] = log_sum[m][1] = NOTHING;
+
+    for (int i = 0; i < 2 * tiles; i++) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there for everyone, and everyone has left the other one
+        if (i + 1 < 2 * tiles) copy_keys_and_values(i + 1);
+        if (i == tiles) {  // the statistics are complete, but for the sum over a row's 4 lanes
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int r = 0; r < 2; r++) {
+                    const float all = sum_over_lanes<1, 4>(total[m][r]);
+                    const float mixed = sum_over_lanes<1, 4>(delta[m][r]);
+                    // A query that sees nothing has p = 0 by its scores.
+                    log_sum[m][r] = all == 0.0f ? 0.0f : log_sum[m][r] + log2f(all);
+                    delta[m][r] = all == 0.0f ? 0.0f : mixed / all;
+                    if (t == 0) {
+                        statistics[16 * m + g + 8 * r] = log_sum[m][r];
+                        statistics[rows + 16 * m + g + 8 * r] = delta[m][r];
+                    }
+                }
+        }
+        const int t0 = first + i % tiles * KEYS;
+        if (t0 > highest || t0 + KEYS <= lowest - window + 1) continue;  // nothing for this warp
+        const E* keys = buffers + i % 2 * 2 * KEYS * STRIDE;
+        const E* values = keys + KEYS * STRIDE;
+
+        float score[M][KEYS / 8][4], d_p[M][KEYS / 8][4];
+        multiply_rows<E, C_PADDED, M, KEYS>(score, queries + row0 * STRIDE, keys);
+        multiply_rows<E, C_PADDED, M, KEYS>(d_p, gradients + row0 * STRIDE, values);
+
+        // The padding of a tile's keys, as bits: bit i of seen[n] is key t0 + 32 n + i.
+        uint32_t seen[KEYS / 32];
+        bool partly = t0 + KEYS - 1 > lowest || t0 <= highest - window;
+        UNROLLED for (int n = 0; n < KEYS / 32; n++) {
+            const int position = t0 + 32 * n + lane;
+            seen[n] = has_mask
+                ? __ballot_sync(0xffffffff, position < T && mask[position]) : 0xffffffff;
+            partly = partly || seen[n] != 0xffffffff;
+        }
+        if (partly) {
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    UNROLLED for (int e = 0; e < 4; e++) {
+                        const int column = 8 * n + 2 * t + e % 2;
+                        const int distance = lowest + 16 * m + g + e / 2 * 8 - (t0 + column);
+                        if (distance < 0 || distance >= window
+                            || !(seen[n / 4] >> (column % 32) & 1))
+                            score[m][n][e] = NOTHING;
+                    }
+        }
+
+        if (i < tiles) {  // the online softmax of the forward; delta is mixed as a value is
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int r = 0; r < 2; r++) {
+                    float high = NOTHING;
+                    UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                        high = fmaxf(high, fmaxf(score[m][n][2 * r], score[m][n][2 * r + 1]));
+                    const Rescaling to =
+                        raise_peak(log_sum[m][r], highest_over_lanes<1, 4>(high) * scale);
+                    total[m][r] *= to.shrink;
+                    delta[m][r] *= to.shrink;
+                    UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                        UNROLLED for (int e = 2 * r; e < 2 * r + 2; e++) {
+                            const float weight = weight_of(score[m][n][e], scale, to.shift);
+                            total[m][r] += weight;
+                            delta[m][r] += weight * d_p[m][n][e];
+                        }
+                }
+        } else {
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    UNROLLED for (int e = 0; e < 4; e++)  // scores become s'
+                        score[m][n][e] = weight_of(score[m][n][e], scale, log_sum[m][e / 2])
+                            * (d_p[m][n][e] - delta[m][e / 2]);
+            add_weighted_rows<E, C_PADDED, M, KEYS>(sum, score, keys);
+        }
+    }
+    write_rows<E, C_PADDED, M>(d_query + ((b * S + q0 + row0) * H + h) * C, (long long)H * C,
+                               S - q0 - row0, C, sum, scale * LN_2, queries + row0 * STRIDE);
+}
+
+template <typename E, int C_PADDED>
+__global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
+    BACKWARD_INPUTS, E* __restrict__ d_key, E* __restrict__ d_value) {
+    constexpr int KEYS = 64, QUERIES = C_PADDED <= 64 ? 64 : 32, STRIDE = C_PADDED + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    E* keys = reinterpret_cast<E*>(shared);  // [KEYS][STRIDE]
+    E* values = keys + KEYS * STRIDE;
+    E* buffers = values + KEYS * STRIDE;     // [2][queries, gradients][QUERIES][STRIDE]
+    float* numbers = reinterpret_cast<float*>(buffers + 4 * QUERIES * STRIDE);  // [2][2][QUERIES]
+
+    const int t0 = blockIdx.x * KEYS;  // the first keys, which most queries see, begin first
+    const int k = blockIdx.y, G = H / K;
+    const long long b = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    query += b * query_b + k * G * query_h;
+    gradient += b * gradient_b + k * G * gradient_h;
+    statistics += (b * H + k * G) * 2 * rows;
+    key += b * key_b + k * key_k + t0 * key_t;
+    value += b * value_b + k * value_k + t0 * value_t;
+    if (has_mask) mask += b * T;
+
+    // The queries at positions t0 ... t0 + 63 + window - 1, less those that do not exist.
+    const int offset = T - S, first = t0 > offset ? (t0 - offset) / QUERIES * QUERIES : 0;
+    const int last = t0 + KEYS - 1 + window - offset, end = last < S ? last : S;
+    const int tiles = end > first ? (end - first + QUERIES - 1) / QUERIES : 0;  // of each head
+    const int row0 = warp * 16, lowest = t0 + row0;  // the warp's first key
+    bool seen[2];  // keys g and g + 8
+    UNROLLED for (int r = 0; r < 2; r++) {
+        const int position = lowest + g + 8 * r;
+        seen[r] = position < T && (!has_mask || mask[position]);
+    }
+
+    auto copy_queries_and_gradients = [&](int i) {  // i runs through the tiles of all heads
+        const int head = i / tiles, q0 = first + i % tiles * QUERIES;
+        E* tile = buffers + i % 2 * 2 * QUERIES * STRIDE;
+        copy_tile<E, QUERIES, C_PADDED>(
+            tile, query + head * query_h + q0 * query_s, query_s, S - q0, C);
+        copy_tile<E, QUERIES, C_PADDED>(
+            tile + QUERIES * STRIDE, gradient + head * gradient_h + q0 * gradient_s, gradient_s,
+            S - q0, C);
+        if (threadIdx.x < QUERIES / 2) {  // 4 numbers each
+            const int which = threadIdx.x / (QUERIES / 4), q = threadIdx.x % (QUERIES / 4) * 4;
+            cp_async_16(numbers + (i % 2 * 2 + which) * QUERIES + q,
+                        statistics + (2LL * head + which) * rows + q0 + q, true);
+        }
+        cp_async_commit();
+    };
+    copy_tile<E, KEYS, C_PADDED>(keys, key, key_t, T - t0, C);
+    copy_tile<E, KEYS, C_PADDED>(values, value, value_t, T - t0, C);
+    if (tiles > 0) copy_queries_and_gradients(0);
+
+    float d_k[1][C_PADDED / 8][4] = {}, d_v[1][C_PADDED / 8][4] = {};
+    for (int i = 0; i < tiles * G; i++) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there for everyone, and everyone has left the other one
+        if (i + 1 < tiles * G) copy_queries_and_gradients(i + 1);
+        const int from = offset + first + i % tiles * QUERIES;  // the position of the first query
+        if (from + QUERIES <= lowest || from >= lowest + 15 + window) continue;
+        const E* queries = buffers + i % 2 * 2 * QUERIES * STRIDE;
+        const E* gradients = queries + QUERIES * STRIDE;
+        const float* log_sum = numbers + i % 2 * 2 * QUERIES;
+        const float* delta = log_sum + QUERIES;
+
+        float p[1][QUERIES / 8][4], d_s[1][QUERIES / 8][4];  // at first scores and p'
+        multiply_rows<E, C_PADDED, 1, QUERIES>(p, keys + row0 * STRIDE, queries);
+        const bool partly = from < lowest + 15 || from + QUERIES - 1 >= lowest + window
+            || !seen[0] || !seen[1];
+        UNROLLED for (int n = 0; n < QUERIES / 8; n++)
+            UNROLLED for (int e = 0; e < 4; e++) {
+                const int column = 8 * n + 2 * t + e % 2;
+                const int distance = from + column - (lowest + g + e / 2 * 8);
+                const bool hidden = partly
+                    && (distance < 0 || distance >= window || !seen[e / 2]);
+                p[0][n][e] = hidden ? 0.0f : weight_of(p[0][n][e], scale, log_sum[column]);
+            }
+        add_weighted_rows<E, C_PADDED, 1, QUERIES>(d_v, p, gradients);
+        multiply_rows<E, C_PADDED, 1, QUERIES>(d_s, values + row0 * STRIDE, gradients);
+        UNROLLED for (int n = 0; n < QUERIES / 8; n++)
+            UNROLLED for (int e = 0; e < 4; e++)
+                d_s[0][n][e] = p[0][n][e] * (d_s[0][n][e] - delta[8 * n + 2 * t + e % 2]);
+        add_weighted_rows<E, C_PADDED, 1, QUERIES>(d_k, d_s, queries);
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // where no query passed, the copies of keys and values are still under way
+    const long long start = ((b * T + lowest) * K + k) * C, stride = (long long)K * C;
+    write_rows<E, C_PADDED, 1>(d_key + start, stride, T - lowest, C, d_k, scale * LN_2,
+                               keys + row0 * STRIDE);
+    write_rows<E, C_PADDED, 1>(d_value + start, stride, T - lowest, C, d_v, 1.0f,
+                               values + row0 * STRIDE);
+}
+"""
+
 # ---- Products of few rows ------------------------------------------------------------------------
 
 LINEAR = HEADER + r"""
@@ -1027,6 +1342,7 @@ TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  
 # decode kernel with the blocks that a multiprocessor's registers hold (its __launch_bounds__).
 TENSOR_CORE_TILES = [(C, M) for C in (32, 64, 80, 96, 128, 160, 192, 256) for M in (1, 2)
                      if M == 1 or C <= 128]
+BACKWARD_TILES = [(C, M) for C in (32, 64, 96, 128) for M in (1, 2)]  # of the query's gradient
 DECODE_BLOCKS = {(64, 1): 4, (64, 4): 3, (64, 8): 2, (128, 1): 4, (128, 4): 3, (128, 8): 2,
                  (256, 1): 4, (256, 4): 2}
 LINEAR_ROWS = (1, 2, 4, 8)
@@ -1048,6 +1364,11 @@ def instances():
         if E != "float":
             found += [(ATTENTION_TENSOR_CORES, f"attention_tensor_cores<{E}, {C}, {M}>")
                       for C, M in TENSOR_CORE_TILES]
+            source = ATTENTION_BACKWARD_TENSOR_CORES
+            found += [(source, f"query_gradient_tensor_cores<{E}, {C}, {M}>")
+                      for C, M in BACKWARD_TILES]
+            found += [(source, f"key_value_gradients_tensor_cores<{E}, {C}>")
+                      for C, M in BACKWARD_TILES if M == 1]
     return found
 
 
@@ -1293,14 +1614,33 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
     if key.size == 0:
         return d_query, d_key, d_value
 
-    E, rows = TYPES[query.dtype.name], 64 * divide_up(S, 64)
+    E, rows = TYPES[query.dtype.name], 128 * divide_up(S, 128)
     statistics = array_module.empty((B, H, 2, rows), np.float32)
     inputs += (gradient, *(np.int64(stride // query.itemsize) for stride in gradient.strides[:3]),
                statistics, np.int32(rows))
+    capability, multiprocessors, shared_memory = gpu_limits()
+
+    if (query.itemsize == 2 and capability >= 80 and C <= 128
+            and in_vectors(gradient, query, key, value)):
+        padded = next(columns for columns, _ in BACKWARD_TILES if columns >= C)
+        source, row = ATTENTION_BACKWARD_TENSOR_CORES, (padded + 8) * 2  # bytes in shared memory
+        # 128 queries per block if there is work for all with so few, and room; else 64.
+        enough = divide_up(S, 128) * H * B >= 2 * multiprocessors
+        M = 2 if enough and (256 + 4 * 32) * row <= shared_memory else 1
+        owns_queries = (128 * M + 4 * (64 if M == 1 and padded <= 96 else 32)) * row
+        queries = 64 if padded <= 64 else 32
+        owns_keys = (128 + 4 * queries) * row + 4 * queries * 4
+        if query.size:
+            load_kernel(source, f"query_gradient_tensor_cores<{E}, {padded}, {M}>")(
+                (divide_up(S, 64 * M), H, B), (128,), (*inputs, d_query), shared_mem=owns_queries)
+        load_kernel(source, f"key_value_gradients_tensor_cores<{E}, {padded}>")(
+            (divide_up(T, 64), K, B), (128,), (*inputs, d_key, d_value), shared_mem=owns_keys)
+        return d_query, d_key, d_value
+
     chunks = divide_up(C, 128)
     if query.size:
         load_kernel(ATTENTION_BACKWARD_TILED, f"query_gradient_tiled<{E}>")(
-            (rows // 64, H * chunks, B), (256,), (*inputs, d_query))
+            (divide_up(S, 64), H * chunks, B), (256,), (*inputs, d_query))
     load_kernel(ATTENTION_BACKWARD_TILED, f"key_value_gradients_tiled<{E}>")(
         (divide_up(T, 64), K * chunks, B), (256,), (*inputs, d_key, d_value))
     return d_query, d_key, d_value

@@ -19,7 +19,8 @@ import kernels_cuda
 NAMES = {source_name: [name for source, name in kernels_cuda.instances()
                        if source == getattr(kernels_cuda, source_name)]
          for source_name in ("RMS_NORM", "ATTENTION_TILED", "ATTENTION_TENSOR_CORES",
-                             "ATTENTION_DECODE", "ATTENTION_BACKWARD_TILED", "LINEAR")}
+                             "ATTENTION_DECODE", "ATTENTION_BACKWARD_TILED",
+                             "ATTENTION_BACKWARD_TENSOR_CORES", "LINEAR")}
 REGISTERS = 65_536  # of one multiprocessor
 STATIC_SHARED_MEMORY = 48 << 10  # bytes that a kernel may declare
 MOST_SPILLED = 256  # bytes, stores and loads: a few registers, outside of the innermost loops
