@@ -1238,9 +1238,11 @@ __global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
         }
         cp_async_commit();
     };
-    copy_tile<E, KEYS, C_PADDED>(keys, key, key_t, T - t0, C);
-    copy_tile<E, KEYS, C_PADDED>(values, value, value_t, T - t0, C);
-    if (tiles > 0) copy_queries_and_gradients(0);
+    if (tiles > 0) {  // else no query sees these keys
+        copy_tile<E, KEYS, C_PADDED>(keys, key, key_t, T - t0, C);
+        copy_tile<E, KEYS, C_PADDED>(values, value, value_t, T - t0, C);
+        copy_queries_and_gradients(0);
+    }
 
     float d_k[1][C_PADDED / 8][4] = {}, d_v[1][C_PADDED / 8][4] = {};
     for (int i = 0; i < tiles * G; i++) {
@@ -1274,8 +1276,6 @@ __global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
         add_weighted_rows<E, C_PADDED, 1, QUERIES>(d_k, d_s, queries);
     }
 
-    cp_async_wait<0>();
-    __syncthreads();  // where no query passed, the copies of keys and values are still under way
     const long long start = ((b * T + lowest) * K + k) * C, stride = (long long)K * C;
     write_rows<E, C_PADDED, 1>(d_key + start, stride, T - lowest, C, d_k, scale * LN_2,
                                keys + row0 * STRIDE);

@@ -32,23 +32,21 @@ def expected(inputs):
     gradient, query, key, value = (array.astype("float64") for array in inputs[:4])
     tape = phi3_ref.Tape()
     phi3_ref.textbook_attention(query, key, value, *inputs[4:], tap=tape)
-    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
-    p, G = tape["probabilities"], H // K
-    d_p = np.einsum("bshc,bthc->bhst", gradient, value.repeat(G, 2))
-    d_s = p * (d_p - (p * d_p).sum(-1, keepdims=True))
-    by_head = key.repeat(G, 2)
+    (B, T, K, C), H = key.shape, query.shape[2]
+    g, q = (x.transpose(0, 2, 1, 3) for x in (gradient, query))  # [B, H, S, C]
+    k, v = (x.repeat(H // K, 2).transpose(0, 2, 1, 3) for x in (key, value))  # [B, H, T, C]
 
-    def sum_heads(x):
-        return x.reshape(B, T, K, G, C).sum(3)
+    def products(p, d_s, g, q, k, scale):
+        """Returns what p and s' give of the three; keys and values sum over their heads."""
+        of_query = (d_s @ k * scale).transpose(0, 2, 1, 3)
+        return of_query, *(x.transpose(0, 2, 1, 3).reshape(B, T, K, H // K, C).sum(3) for x in (
+            d_s.swapaxes(2, 3) @ q * scale, p.swapaxes(2, 3) @ g))
 
-    exact = (np.einsum("bhst,bthc->bshc", d_s, by_head) * C**-0.5,
-             sum_heads(np.einsum("bhst,bshc->bthc", d_s, query)) * C**-0.5,
-             sum_heads(np.einsum("bhst,bshc->bthc", p, gradient)))
+    p, d_p = tape["probabilities"], g @ v.swapaxes(2, 3)
+    exact = products(p, p * (d_p - (p * d_p).sum(-1, keepdims=True)), g, q, k, C**-0.5)
     # Roundings of terms add up as the root of the sum of their squares.
-    terms = (p * (abs(d_p) + (p * abs(d_p)).sum(-1, keepdims=True)))**2
-    sizes = (np.einsum("bhst,bthc->bshc", terms, by_head**2) / C,
-             sum_heads(np.einsum("bhst,bshc->bthc", terms, query**2)) / C,
-             sum_heads(np.einsum("bhst,bshc->bthc", p**2, gradient**2)))
+    terms = p * (abs(d_p) + (p * abs(d_p)).sum(-1, keepdims=True))
+    sizes = products(p**2, terms**2, g**2, q**2, k**2, 1 / C)
     # exp() turns an absolute error of a score, here relative to the largest, into a relative one.
     worse = max(1.0, abs(tape["scores"]).max() / 8)
     return exact, [worse * size.max()**0.5 for size in sizes]
@@ -101,7 +99,7 @@ def cases(draw, dtype, head_dims, layouts):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiled(dtype):
-    """The simple kernels: float32, head_dims that are no whole vectors, rows that begin anywhere."""
+    """The simple kernels: float32, head_dims that are no whole vectors, rows from anywhere on."""
     @settings(max_examples=ref.examples(25))
     @given(cases(dtype, [1, 2, 3, 7, 31, 33, 63, 65, 97, 127, 129, 130],
                  ("dense", "fused", "cache", "unaligned")))
@@ -204,7 +202,7 @@ MUTANT_CASES = {
     "ATTENTION_BACKWARD_TENSOR_CORES": [
         Case("float16", 2, 70, 200, 2, 2, 64, "random", 66, size=3.0),
         Case("float16", 1, 130, 200, 2, 2, 88, layout="fused", size=3.0),
-        Case("float16", 1, 70, 200, 1, 1, 64, window=70)]}
+        Case("float16", 1, 70, 200, 1, 1, 64, window=60)]}
 
 
 def is_caught(source_name, edit):
@@ -215,7 +213,7 @@ def is_caught(source_name, edit):
     try:
         for case in MUTANT_CASES[source_name]:
             check(case, edit=lambda text: changed if text == source else text,
-                  multiprocessors=3 if case.window == 70 else 0)
+                  multiprocessors=3 if case.window == 60 else 0)
     except (cuda_on_cpu.KernelError, AssertionError) as error:
         assert "error:" not in str(error), error  # it must compile
         return str(error)
@@ -270,7 +268,7 @@ MUTANTS = {
             "add_weighted_rows(sum, score, Rows<E>{value + t0 * value_t, value_t"),
         "p and s' exchanged": ("add_weighted_rows(d_v, p,", "add_weighted_rows(d_v, d_s,"),
         "the scale forgotten": ("T - t0, d_k, scale * LN_2", "T - t0, d_k, 1.0f"),
-        "the second half of columns": ("j / 4 * 64;\n            if", "j / 4 * 32;\n            if"),
+        "the second half of columns": ("j / 4 * 64;", "j / 4 * 32;"),
         "columns past the last": ("row < count && c < C)", "row < count && c < C + 1)"),
         "rows past the last": ("row < count && c < C)", "row < count + 1 && c < C)"),
         "the stride of the query for the gradient": ("q0 * gradient_s,\n", "q0 * query_s,\n")},
@@ -295,7 +293,8 @@ MUTANTS = {
         "the total is not rescaled": ("total[m][r] *= to.shrink", "total[m][r] *= 1"),
         "delta is not rescaled": ("delta[m][r] *= to.shrink", "delta[m][r] *= 1"),
         "a row's lanes do not agree": ("highest_over_lanes<1, 4>", "highest_over_lanes<1, 2>"),
-        "a row's lanes are not added": ("mixed = sum_over_lanes<1, 4>", "mixed = sum_over_lanes<1, 2>"),
+        "a row's lanes are not added": ("mixed = sum_over_lanes<1, 4>",
+                                        "mixed = sum_over_lanes<1, 2>"),
         "delta is not divided by the total": ("mixed / all", "mixed"),
         "a query's gradient without delta": ("(d_p[m][n][e] - delta[m][e / 2])", "d_p[m][n][e]"),
         "a key's gradient without delta": ("(d_s[0][n][e] - delta[8 * n + 2 * t + e % 2])",
@@ -306,13 +305,16 @@ MUTANTS = {
         "the statistics of the first head": ("(2LL * head + which)", "(0LL * head + which)"),
         "the statistics of the first sequence": ("statistics += (b * H + k * G)",
                                                  "statistics += (0 * H + k * G)"),
-        "the other buffer": ("numbers + i % 2 * 2 * QUERIES", "numbers + (i + 1) % 2 * 2 * QUERIES"),
+        "the other buffer": ("numbers + i % 2 * 2 * QUERIES",
+                             "numbers + (i + 1) % 2 * 2 * QUERIES"),
         "the operand is not transposed": ("ldmatrix_x4_trans(x, other", "ldmatrix_x4(x, other"),
         "the operand is transposed": ("ldmatrix_x4(x, other", "ldmatrix_x4_trans(x, other"),
         "p and s' exchanged": ("QUERIES>(d_v, p,", "QUERIES>(d_v, d_s,"),
         "queries and gradients exchanged": ("(d_k, d_s, queries)", "(d_k, d_s, gradients)"),
-        "a warp skips a tile it needs": ("from + QUERIES <= lowest ||", "from + QUERIES <= lowest + 16 ||"),
-        "a warp skips the end of its window": ("from >= lowest + 15 + window", "from >= lowest + window"),
+        "a warp skips a tile it needs": ("from + QUERIES <= lowest ||",
+                                         "from + QUERIES <= lowest + 16 ||"),
+        "a warp skips the end of its window": ("from >= lowest + 15 + window",
+                                               "from >= lowest + window"),
         "the end of the window left out": ("t0 + KEYS - 1 + window", "t0 + window - 1"),
         "the scale forgotten": ("C, d_k, scale * LN_2", "C, d_k, 1.0f"),
         "the stride of keys for values": ("values, value, value_t", "values, value, key_t + 8"),
