@@ -763,9 +763,10 @@ ATTENTION_BACKWARD_TILED = BACKWARD_HEADER + r"""
 // 4 tx + 64 j ... In the first kernel the block owns queries, in the second keys: there all tiles
 // are transposed, and the code is the same.
 //
-// Per tile of 64 x 64 a block reads 4 C elements of 64 others and again of its own from the caches,
-// 512 C elements for 6 C 4096 operations and more: about 50 per element. The limit is the float32
-// units. (Columns beyond 128 compute the scores anew.)
+// Own and other rows come from the caches, for each tile of 64 x 64 again: 256 C elements for the
+// 16384 C operations of the first walk, 320 C for 24576 C of the second, 384 C for 32768 C in the
+// second kernel. That is 64 to 85 operations per element: the limit is the float32 units. (Columns
+// beyond 128 compute scores and p' anew.)
 constexpr int TILE = 64, SLICE = 32, COLUMNS = 128, PART = 16;
 struct Shared {  // 4 floats of padding per row: 8 rows then lie in 8 different groups of banks
     float own[TILE][SLICE + 4], other[TILE][SLICE + 4];
@@ -1260,14 +1261,16 @@ __global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
         multiply_rows<E, C_PADDED, 1, QUERIES>(p, keys + row0 * STRIDE, queries);
         const bool partly = from < lowest + 15 || from + QUERIES - 1 >= lowest + window
             || !seen[0] || !seen[1];
+        if (partly) {
+            UNROLLED for (int n = 0; n < QUERIES / 8; n++)
+                UNROLLED for (int e = 0; e < 4; e++) {
+                    const int distance = from + 8 * n + 2 * t + e % 2 - (lowest + g + e / 2 * 8);
+                    if (distance < 0 || distance >= window || !seen[e / 2]) p[0][n][e] = NOTHING;
+                }
+        }
         UNROLLED for (int n = 0; n < QUERIES / 8; n++)
-            UNROLLED for (int e = 0; e < 4; e++) {
-                const int column = 8 * n + 2 * t + e % 2;
-                const int distance = from + column - (lowest + g + e / 2 * 8);
-                const bool hidden = partly
-                    && (distance < 0 || distance >= window || !seen[e / 2]);
-                p[0][n][e] = hidden ? 0.0f : weight_of(p[0][n][e], scale, log_sum[column]);
-            }
+            UNROLLED for (int e = 0; e < 4; e++)
+                p[0][n][e] = weight_of(p[0][n][e], scale, log_sum[8 * n + 2 * t + e % 2]);
         add_weighted_rows<E, C_PADDED, 1, QUERIES>(d_v, p, gradients);
         multiply_rows<E, C_PADDED, 1, QUERIES>(d_s, values + row0 * STRIDE, gradients);
         UNROLLED for (int n = 0; n < QUERIES / 8; n++)

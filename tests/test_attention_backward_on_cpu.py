@@ -273,14 +273,18 @@ MUTANTS = {
         "rows past the last": ("row < count && c < C)", "row < count + 1 && c < C)"),
         "the stride of the query for the gradient": ("q0 * gradient_s,\n", "q0 * query_s,\n")},
     "ATTENTION_BACKWARD_TENSOR_CORES": {
-        "the mask lets the next key in": ("if (distance < 0", "if (distance < -1"),
-        "the mask hides the key itself": ("if (distance < 0", "if (distance <= 0"),
+        "the mask lets the next key in": ("distance < 0 || distance >= window\n",
+                                          "distance < -1 || distance >= window\n"),
+        "the mask hides the key itself": ("distance < 0 || distance >= window\n",
+                                          "distance <= 0 || distance >= window\n"),
         "the window is one too long": ("distance >= window\n", "distance > window\n"),
         "the padding mask is ignored": ("position < T && mask[position])", "position < T)"),
         "the diagonal is not masked": ("t0 + KEYS - 1 > lowest", "t0 > lowest"),
         "the window is not masked": ("t0 <= highest - window", "t0 < highest - window - KEYS"),
-        "for a key, the mask lets the query before in": ("&& (distance < 0", "&& (distance < -1"),
-        "for a key, the mask hides its own query": ("&& (distance < 0", "&& (distance <= 0"),
+        "for a key, the mask lets the query before in": (
+            "distance < 0 || distance >= window ||", "distance < -1 || distance >= window ||"),
+        "for a key, the mask hides its own query": (
+            "distance < 0 || distance >= window ||", "distance <= 0 || distance >= window ||"),
         "for a key, the window is one too long": ("distance >= window ||", "distance > window ||"),
         "for a key, the padding mask is ignored": ("position < T && (!has_mask || mask[position])",
                                                    "position < T"),
