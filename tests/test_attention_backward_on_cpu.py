@@ -1,5 +1,7 @@
 """Attention's backward kernels, executed on the CPU, against the formulas in float64; mutants."""
 
+import dataclasses
+
 import cuda_on_cpu
 import numpy as np
 import pytest
@@ -15,11 +17,15 @@ import phi3_ref
 NAMES = "query_gradient", "key_value_gradients"
 
 
+# The gradient's layout, another one than the query's.
+LAYOUTS = {"dense": "cache", "fused": "dense", "cache": "dense", "unaligned": "unaligned"}
+
+
 def arguments(case):
-    """Returns the gradient of the result, laid out as the query is, and attention's arguments."""
+    """Returns the gradient of the result, and attention's arguments."""
     query, key, value, mask, window = case.inputs()
-    gradient = Case(**{**vars(case), "mask": "none", "size": 1.0, "seed": case.seed + 100}
-                    ).inputs()[0]
+    gradient, *_ = dataclasses.replace(
+        case, layout=LAYOUTS[case.layout], size=1.0, seed=case.seed + 100).inputs()
     return gradient, query, key, value, mask, window
 
 
