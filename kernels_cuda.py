@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, E* __re
 
 # ---- Attention, many queries: the tensor cores ---------------------------------------------------
 
-COPY_TILE = r"""
+TILES = r"""
 // A tile of a block of 128 threads, [ROWS, C_PADDED + 8] in shared memory, from rows in global.
 template <typename E, int ROWS, int C_PADDED>
 __device__ __forceinline__ void copy_tile(E* tile, const E* source, long long stride, int rows,
@@ -389,9 +389,60 @@ __device__ __forceinline__ void copy_tile(E* tile, const E* source, long long st
 
 __device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
 __device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+
+// product [16 M, N] = own other^T: 16 M rows of one tile and N of another, 16 columns at a time.
+template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
+void multiply_rows(float (&product)[M][N / 8][4], const E* own, const E* other) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32;
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int n = 0; n < N / 8; n++)
+            UNROLLED for (int i = 0; i < 4; i++) product[m][n][i] = 0.0f;
+    UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+        uint32_t a[M][4];
+        UNROLLED for (int m = 0; m < M; m++)
+            ldmatrix_x4(a[m], own + (16 * m + lane % 16) * STRIDE + c + lane / 16 * 8);
+        UNROLLED for (int n = 0; n < N / 8; n += 2) {
+            uint32_t x[4];  // other rows 8 n .. 8 n + 15, two right operands
+            ldmatrix_x4(x, other + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
+                           + c + lane / 8 % 2 * 8);
+            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+            UNROLLED for (int m = 0; m < M; m++) {
+                mma_m16n8k16<E>(product[m][n], a[m], left);
+                mma_m16n8k16<E>(product[m][n + 1], a[m], right);
+            }
+        }
+    }
+}
+
+// sum [16 M, C] += weights [16 M, N] other, 16 rows of `other` at a time. The layout in which mma
+// returns a product is the one in which it takes its left operand: weights stay in registers.
+template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
+void add_weighted_rows(float (&sum)[M][C_PADDED / 8][4], const float (&weights)[M][N / 8][4],
+                       const E* other) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32;
+    UNROLLED for (int n = 0; n < N / 8; n += 2) {
+        uint32_t a[M][4];
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 others
+                const float* pair = &weights[m][n + i / 2][i % 2 * 2];
+                a[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
+            }
+        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+            uint32_t x[4];  // columns c .. c + 15, two right operands
+            ldmatrix_x4_trans(x, other + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
+            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+            UNROLLED for (int m = 0; m < M; m++) {
+                mma_m16n8k16<E>(sum[m][c / 8], a[m], left);
+                mma_m16n8k16<E>(sum[m][c / 8 + 1], a[m], right);
+            }
+        }
+    }
+}
 """
 
-ATTENTION_TENSOR_CORES = ATTENTION_HEADER + COPY_TILE + r"""
+ATTENTION_TENSOR_CORES = ATTENTION_HEADER + TILES + r"""
 // FlashAttention-2 for 16-bit types (sm_80 and newer). One block of 4 warps takes 64 or 128 queries
 // of one head; warp w owns 16 or 32 of them (M tiles of 16 rows) for all keys, so that no softmax
 // crosses a warp. The block walks over the visible keys in tiles:
@@ -459,24 +510,8 @@ __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
         const E* keys = buffers + buffer * 2 * KEYS * STRIDE;
         const E* values = keys + KEYS * STRIDE;
 
-        // scores [16 M, KEYS] = Q K^T, 16 columns of both at a time
-        float score[M][KEYS / 8][4] = {};
-        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
-            uint32_t q[M][4];
-            UNROLLED for (int m = 0; m < M; m++)
-                ldmatrix_x4(q[m], queries + (row0 + 16 * m + lane % 16) * STRIDE
-                                  + c + lane / 16 * 8);
-            UNROLLED for (int n = 0; n < KEYS / 8; n += 2) {
-                uint32_t x[4];  // keys 8 n .. 8 n + 15, two right operands
-                ldmatrix_x4(x, keys + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
-                               + c + lane / 8 % 2 * 8);
-                const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-                UNROLLED for (int m = 0; m < M; m++) {
-                    mma_m16n8k16<E>(score[m][n], q[m], left);
-                    mma_m16n8k16<E>(score[m][n + 1], q[m], right);
-                }
-            }
-        }
+        float score[M][KEYS / 8][4];
+        multiply_rows<E, C_PADDED, M, KEYS>(score, queries + row0 * STRIDE, keys);
 
         // The padding of a tile's keys, as bits: bit i of seen[n] is key t0 + 32 n + i.
         uint32_t seen[KEYS / 32];
@@ -518,26 +553,7 @@ __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
                     mixed[m][n][2 * i + 1] *= r.shrink;
                 }
             }
-
-        // mixed [16 M, C] += weights V, 16 keys at a time
-        UNROLLED for (int n = 0; n < KEYS / 8; n += 2) {
-            uint32_t p[M][4];
-            UNROLLED for (int m = 0; m < M; m++) {
-                UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 keys
-                    const float* pair = &score[m][n + i / 2][i % 2 * 2];
-                    p[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
-                }
-            }
-            UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
-                uint32_t x[4];  // columns c .. c + 15, two right operands
-                ldmatrix_x4_trans(x, values + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
-                const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-                UNROLLED for (int m = 0; m < M; m++) {
-                    mma_m16n8k16<E>(mixed[m][c / 8], p[m], left);
-                    mma_m16n8k16<E>(mixed[m][c / 8 + 1], p[m], right);
-                }
-            }
-        }
+        add_weighted_rows<E, C_PADDED, M, KEYS>(mixed, score, values);
     }
 
     // Divide by the sums and write, by way of the warp's own rows of `queries`, 16 bytes per lane.
@@ -975,7 +991,7 @@ __global__ void __launch_bounds__(256) key_value_gradients_tiled(
 
 # ---- Attention, backward: the tensor cores -------------------------------------------------------
 
-ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + COPY_TILE + r"""
+ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + TILES + r"""
 // The derivative for 16-bit types (sm_80 and newer), C up to 128. Warps, tiles and copies are those
 // of `attention_tensor_cores`: one of a block's 4 warps has 16 M of the block's own rows to itself,
 // and the others pass by in two buffers. In the first kernel own rows are queries, in the second
@@ -997,53 +1013,6 @@ ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + COPY_TILE + r"""
 // them shared memory: with M = 1 an mma needs 256 bytes of right operand for 4096 operations.
 //
 // Shared memory: (128 M + 4 OTHERS) (C_PADDED + 8) 2 bytes, and statistics in the second kernel.
-template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
-void multiply_rows(float (&product)[M][N / 8][4], const E* own, const E* other) {
-    constexpr int STRIDE = C_PADDED + 8;
-    const int lane = threadIdx.x % 32;
-    UNROLLED for (int m = 0; m < M; m++)
-        UNROLLED for (int n = 0; n < N / 8; n++)
-            UNROLLED for (int i = 0; i < 4; i++) product[m][n][i] = 0.0f;
-    UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
-        uint32_t a[M][4];
-        UNROLLED for (int m = 0; m < M; m++)
-            ldmatrix_x4(a[m], own + (16 * m + lane % 16) * STRIDE + c + lane / 16 * 8);
-        UNROLLED for (int n = 0; n < N / 8; n += 2) {
-            uint32_t x[4];  // other rows 8 n .. 8 n + 15, two right operands
-            ldmatrix_x4(x, other + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
-                           + c + lane / 8 % 2 * 8);
-            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-            UNROLLED for (int m = 0; m < M; m++) {
-                mma_m16n8k16<E>(product[m][n], a[m], left);
-                mma_m16n8k16<E>(product[m][n + 1], a[m], right);
-            }
-        }
-    }
-}
-
-template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
-void add_weighted_rows(float (&sum)[M][C_PADDED / 8][4], const float (&weights)[M][N / 8][4],
-                       const E* other) {
-    constexpr int STRIDE = C_PADDED + 8;
-    const int lane = threadIdx.x % 32;
-    UNROLLED for (int n = 0; n < N / 8; n += 2) {
-        uint32_t a[M][4];
-        UNROLLED for (int m = 0; m < M; m++)
-            UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 others
-                const float* pair = &weights[m][n + i / 2][i % 2 * 2];
-                a[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
-            }
-        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
-            uint32_t x[4];  // columns c .. c + 15, two right operands
-            ldmatrix_x4_trans(x, other + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
-            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-            UNROLLED for (int m = 0; m < M; m++) {
-                mma_m16n8k16<E>(sum[m][c / 8], a[m], left);
-                mma_m16n8k16<E>(sum[m][c / 8 + 1], a[m], right);
-            }
-        }
-    }
-}
 
 // Write a warp's rows of a gradient, times a factor, by way of its own rows of a tile.
 template <typename E, int C_PADDED, int M> __device__ __forceinline__
