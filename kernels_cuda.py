@@ -524,7 +524,80 @@ __global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, E* __re
 
 # ---- Attention, many queries: the tensor cores ---------------------------------------------------
 
-ATTENTION_TENSOR_CORES = ATTENTION_HEADER + r"""
+TILES = r"""
+// A tile of a block of 128 threads, [ROWS, C_PADDED + 8] in shared memory, from rows in global.
+template <typename E, int ROWS, int C_PADDED>
+__device__ __forceinline__ void copy_tile(E* tile, const E* source, long long stride, int rows,
+                                          int C) {
+    // 8 lanes read 128 neighbouring bytes of a row. What lies outside becomes zero.
+    const int row0 = threadIdx.x / 8, c0 = threadIdx.x % 8 * 8;
+    source += row0 * stride + c0;
+    tile += row0 * (C_PADDED + 8) + c0;
+    UNROLLED for (int i = 0; i < ROWS; i += 16) {
+        UNROLLED for (int j = 0; j < C_PADDED; j += 64)
+            if (c0 + j < C_PADDED)
+                cp_async_16(tile + i * (C_PADDED + 8) + j, source + j,
+                            row0 + i < rows && c0 + j < C);
+        source += 16 * stride;
+    }
+}
+
+__device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
+__device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+
+// product [16 M, N] = own other^T: 16 M rows of one tile and N of another, 16 columns at a time.
+template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
+void multiply_rows(float (&product)[M][N / 8][4], const E* own, const E* other) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32;
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int n = 0; n < N / 8; n++)
+            UNROLLED for (int i = 0; i < 4; i++) product[m][n][i] = 0.0f;
+    UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+        uint32_t a[M][4];
+        UNROLLED for (int m = 0; m < M; m++)
+            ldmatrix_x4(a[m], own + (16 * m + lane % 16) * STRIDE + c + lane / 16 * 8);
+        UNROLLED for (int n = 0; n < N / 8; n += 2) {
+            uint32_t x[4];  // other rows 8 n .. 8 n + 15, two right operands
+            ldmatrix_x4(x, other + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
+                           + c + lane / 8 % 2 * 8);
+            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+            UNROLLED for (int m = 0; m < M; m++) {
+                mma_m16n8k16<E>(product[m][n], a[m], left);
+                mma_m16n8k16<E>(product[m][n + 1], a[m], right);
+            }
+        }
+    }
+}
+
+// sum [16 M, C] += weights [16 M, N] other, 16 rows of `other` at a time. The layout in which mma
+// returns a product is the one in which it takes its left operand: weights stay in registers.
+template <typename E, int C_PADDED, int M, int N> __device__ __forceinline__
+void add_weighted_rows(float (&sum)[M][C_PADDED / 8][4], const float (&weights)[M][N / 8][4],
+                       const E* other) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32;
+    UNROLLED for (int n = 0; n < N / 8; n += 2) {
+        uint32_t a[M][4];
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 others
+                const float* pair = &weights[m][n + i / 2][i % 2 * 2];
+                a[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
+            }
+        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
+            uint32_t x[4];  // columns c .. c + 15, two right operands
+            ldmatrix_x4_trans(x, other + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
+            const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+            UNROLLED for (int m = 0; m < M; m++) {
+                mma_m16n8k16<E>(sum[m][c / 8], a[m], left);
+                mma_m16n8k16<E>(sum[m][c / 8 + 1], a[m], right);
+            }
+        }
+    }
+}
+"""
+
+ATTENTION_TENSOR_CORES = ATTENTION_HEADER + TILES + r"""
 // FlashAttention-2 for 16-bit types (sm_80 and newer). One block of 4 warps takes 64 or 128 queries
 // of one head; warp w owns 16 or 32 of them (M tiles of 16 rows) for all keys, so that no softmax
 // crosses a warp. The block walks over the visible keys in tiles:
@@ -547,25 +620,6 @@ ATTENTION_TENSOR_CORES = ATTENTION_HEADER + r"""
 // keeps them waiting: one exp2 and about ten other instructions for every 4 C operations.
 //
 // Shared memory: (64 M + 4 KEYS) (C_PADDED + 8) 2 bytes, 80 KB at C = 96 and M = 2.
-template <typename E, int ROWS, int C_PADDED>
-__device__ __forceinline__ void copy_tile(E* tile, const E* source, long long stride, int rows,
-                                          int C) {
-    // 8 lanes read 128 neighbouring bytes of a row. What lies outside becomes zero.
-    const int row0 = threadIdx.x / 8, c0 = threadIdx.x % 8 * 8;
-    source += row0 * stride + c0;
-    tile += row0 * (C_PADDED + 8) + c0;
-    UNROLLED for (int i = 0; i < ROWS; i += 16) {
-        UNROLLED for (int j = 0; j < C_PADDED; j += 64)
-            if (c0 + j < C_PADDED)
-                cp_async_16(tile + i * (C_PADDED + 8) + j, source + j,
-                            row0 + i < rows && c0 + j < C);
-        source += 16 * stride;
-    }
-}
-
-__device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
-__device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
-
 template <typename E, int C_PADDED, int M>
 __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
     ATTENTION_INPUTS, E* __restrict__ output) {
@@ -611,24 +665,8 @@ __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
         const E* keys = buffers + buffer * 2 * KEYS * STRIDE;
         const E* values = keys + KEYS * STRIDE;
 
-        // scores [16 M, KEYS] = Q K^T, 16 columns of both at a time
-        float score[M][KEYS / 8][4] = {};
-        UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
-            uint32_t q[M][4];
-            UNROLLED for (int m = 0; m < M; m++)
-                ldmatrix_x4(q[m], queries + (row0 + 16 * m + lane % 16) * STRIDE
-                                  + c + lane / 16 * 8);
-            UNROLLED for (int n = 0; n < KEYS / 8; n += 2) {
-                uint32_t x[4];  // keys 8 n .. 8 n + 15, two right operands
-                ldmatrix_x4(x, keys + (8 * n + lane / 16 * 8 + lane % 8) * STRIDE
-                               + c + lane / 8 % 2 * 8);
-                const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-                UNROLLED for (int m = 0; m < M; m++) {
-                    mma_m16n8k16<E>(score[m][n], q[m], left);
-                    mma_m16n8k16<E>(score[m][n + 1], q[m], right);
-                }
-            }
-        }
+        float score[M][KEYS / 8][4];
+        multiply_rows<E, C_PADDED, M, KEYS>(score, queries + row0 * STRIDE, keys);
 
         // The padding of a tile's keys, as bits: bit i of seen[n] is key t0 + 32 n + i.
         uint32_t seen[KEYS / 32];
@@ -670,26 +708,7 @@ __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
                     mixed[m][n][2 * i + 1] *= r.shrink;
                 }
             }
-
-        // mixed [16 M, C] += weights V, 16 keys at a time
-        UNROLLED for (int n = 0; n < KEYS / 8; n += 2) {
-            uint32_t p[M][4];
-            UNROLLED for (int m = 0; m < M; m++) {
-                UNROLLED for (int i = 0; i < 4; i++) {  // rows g or g + 8, then the next 8 keys
-                    const float* pair = &score[m][n + i / 2][i % 2 * 2];
-                    p[m][i] = bits(from_float<E>(pair[0])) | bits(from_float<E>(pair[1])) << 16;
-                }
-            }
-            UNROLLED for (int c = 0; c < C_PADDED; c += 16) {
-                uint32_t x[4];  // columns c .. c + 15, two right operands
-                ldmatrix_x4_trans(x, values + (8 * n + lane % 16) * STRIDE + c + lane / 16 * 8);
-                const uint32_t left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-                UNROLLED for (int m = 0; m < M; m++) {
-                    mma_m16n8k16<E>(mixed[m][c / 8], p[m], left);
-                    mma_m16n8k16<E>(mixed[m][c / 8 + 1], p[m], right);
-                }
-            }
-        }
+        add_weighted_rows<E, C_PADDED, M, KEYS>(mixed, score, values);
     }
 
     // Divide by the sums and write, by way of the warp's own rows of `queries`, 16 bytes per lane.
@@ -872,6 +891,526 @@ __global__ void __launch_bounds__(256) attention_combine(
 }
 """
 
+# ---- Attention, backward: any head_dim -----------------------------------------------------------
+
+BACKWARD_HEADER = ATTENTION_HEADER + r"""
+// The derivative of attention. With the scores s = q k^T / sqrt(C), p = softmax(s), context = p v,
+// and ' for the gradient with respect to something:
+//
+//     v' = p^T context'     p' = context' v^T     s' = p (p' - delta)     delta = sum of p p'
+//     q' = s' k / sqrt(C)   k' = s'^T q / sqrt(C)                         over the query's keys
+//
+// FlashAttention-2's scheme: p is not kept but computed again, a tile at a time, from what a query
+// knows of its whole row, `statistics`: float32, [B, H, 2, rows], S rounded up to 128 rows,
+//
+//     [0]  the logarithm to the base 2 of the sum of exp(s), so that p is exp2(score scale - it)
+//     [1]  delta
+//
+// Two kernels, so that every gradient is summed in the registers of one block, in a fixed order,
+// and nothing is added in memory:
+//
+//              keys     0..63  64..127  128..191
+//     queries   0..63  [ \   ]                     1. a block owns a row of tiles. It walks along
+//     queries  64..127 [     ][ \    ]                them twice, for the statistics and for q'
+//     queries 128..191 [     ][      ][ \     ]    2. a block owns a column of tiles: it walks down
+//                                                     them, through all G heads that share its
+//                                                     keys, for k' and v'
+//
+// The work that must be done is five products: 10 C operations per visible (query, key) pair, 2.5
+// times the forward's. These two kernels do nine: scores and p' are computed for the statistics,
+// for q', and for k' and v': 18 C. (With statistics from the forward, and delta as the sum of
+// context context' over the columns, it would be 14 C.) Queries that see nothing have p = 0, and
+// so have keys that nobody sees: their gradients are zeros.
+#define BACKWARD_INPUTS ATTENTION_INPUTS, const E* __restrict__ gradient, \
+    long long gradient_b, long long gradient_s, long long gradient_h, \
+    float* __restrict__ statistics, int rows
+constexpr float LN_2 = 0.69314718f;  // scale is C^-0.5 / LN_2
+"""
+
+ATTENTION_BACKWARD_TILED = BACKWARD_HEADER + r"""
+// The derivative in float32 on the CUDA cores, for any C, any strides and any GPU. Products as in
+// `attention_tiled`: 256 threads as 16 x 16; thread (ty, tx) holds 4 x 4 of a tile of scores, 64
+// rows that the block owns times 64 others, and 4 x 8 of a gradient: own rows 4 ty + i, columns
+// 4 tx + 64 j ... In the first kernel the block owns queries, in the second keys: there all tiles
+// are transposed, and the code is the same.
+//
+// Own and other rows come from the caches, for each tile of 64 x 64 again: 256 C elements for the
+// 16384 C operations of the first walk, 320 C for 24576 C of the second, 384 C for 32768 C in the
+// second kernel. That is 64 to 85 operations per element: the limit is the float32 units. (Columns
+// beyond 128 compute scores and p' anew.)
+constexpr int TILE = 64, SLICE = 32, COLUMNS = 128, PART = 16;
+struct Shared {  // 4 floats of padding per row: 8 rows then lie in 8 different groups of banks
+    float own[TILE][SLICE + 4], other[TILE][SLICE + 4];
+    float weights[TILE][TILE + 4], part[PART][COLUMNS];
+};
+using Four = Vector<float, 4>;
+
+// Up to 64 rows of a tile; `count` of them exist.
+template <typename E> struct Rows { const E* start; long long stride; int count; };
+
+// product = own other^T, over slices of the C columns.
+template <typename E> __device__ __forceinline__
+void multiply_rows(float (&product)[4][4], Rows<E> own, Rows<E> other, int C, Shared& shared) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    UNROLLED for (int i = 0; i < 4; i++) UNROLLED for (int j = 0; j < 4; j++) product[i][j] = 0.0f;
+    for (int slice = 0; slice < C; slice += SLICE) {
+        __syncthreads();  // everyone is done with the slice before
+        for (int i = threadIdx.x; i < TILE * SLICE; i += 256) {
+            const int row = i / SLICE, c = slice + i % SLICE;
+            shared.own[row][i % SLICE] = row < own.count && c < C
+                ? to_float(own.start[row * own.stride + c]) : 0.0f;
+            shared.other[row][i % SLICE] = row < other.count && c < C
+                ? to_float(other.start[row * other.stride + c]) : 0.0f;
+        }
+        __syncthreads();
+        #pragma unroll 2
+        for (int c = 0; c < SLICE; c += 4) {
+            Four a[4], b[4];
+            UNROLLED for (int i = 0; i < 4; i++) {
+                a[i] = *reinterpret_cast<const Four*>(&shared.own[4 * ty + i][c]);
+                b[i] = *reinterpret_cast<const Four*>(&shared.other[tx + 16 * i][c]);
+            }
+            UNROLLED for (int i = 0; i < 4; i++)
+                UNROLLED for (int j = 0; j < 4; j++)
+                    UNROLLED for (int e = 0; e < 4; e++)
+                        product[i][j] += a[i].element[e] * b[j].element[e];
+        }
+    }
+}
+
+// sum += weights other, columns c0 ... c0 + 127, through shared memory.
+template <typename E> __device__ __forceinline__
+void add_weighted_rows(float (&sum)[4][8], const float (&weights)[4][4], Rows<E> other, int c0,
+                       int C, Shared& shared) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    __syncthreads();  // everyone is done with the weights before
+    UNROLLED for (int i = 0; i < 4; i++)
+        UNROLLED for (int j = 0; j < 4; j++)
+            shared.weights[4 * ty + i][tx + 16 * j] = weights[i][j];
+    for (int first = 0; first < TILE; first += PART) {
+        __syncthreads();  // the weights are there, and everyone is done with the part before
+        for (int i = threadIdx.x; i < PART * COLUMNS; i += 256) {
+            const int row = first + i / COLUMNS, c = c0 + i % COLUMNS;
+            shared.part[i / COLUMNS][i % COLUMNS] = row < other.count && c < C
+                ? to_float(other.start[row * other.stride + c]) : 0.0f;
+        }
+        __syncthreads();
+        #pragma unroll 4
+        for (int row = 0; row < PART; row++) {
+            const Four x[2] = {*reinterpret_cast<const Four*>(&shared.part[row][4 * tx]),
+                               *reinterpret_cast<const Four*>(&shared.part[row][4 * tx + 64])};
+            UNROLLED for (int i = 0; i < 4; i++) {
+                const float weight = shared.weights[4 * ty + i][first + row];
+                UNROLLED for (int j = 0; j < 8; j++)
+                    sum[i][j] += weight * x[j / 4].element[j % 4];
+            }
+        }
+    }
+}
+
+// Write the block's own rows of a gradient, [.., C], times a factor.
+template <typename E> __device__ __forceinline__
+void write_rows(E* start, long long stride, int count, const float (&sum)[4][8], float factor,
+                int c0, int C) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    UNROLLED for (int i = 0; i < 4; i++)
+        UNROLLED for (int j = 0; j < 8; j++) {
+            const int row = 4 * ty + i, c = c0 + 4 * tx + j % 4 + j / 4 * 64;
+            if (row < count && c < C) start[row * stride + c] = from_float<E>(sum[i][j] * factor);
+        }
+}
+
+template <typename E>
+__global__ void __launch_bounds__(256) query_gradient_tiled(
+    BACKWARD_INPUTS, E* __restrict__ d_query) {
+    __shared__ __align__(16) Shared shared;
+    const int chunks = (C + COLUMNS - 1) / COLUMNS;
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest rows begin first
+    const int h = blockIdx.y / chunks, c0 = blockIdx.y % chunks * COLUMNS, k = h / (H / K);
+    const long long b = blockIdx.z;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const Rows<E> queries = {query + b * query_b + h * query_h + q0 * query_s, query_s, S - q0};
+    const Rows<E> gradients = {gradient + b * gradient_b + h * gradient_h + q0 * gradient_s,
+                               gradient_s, S - q0};
+    key += b * key_b + k * key_k;
+    value += b * value_b + k * value_k;
+    if (has_mask) mask += b * T;
+    statistics += (b * H + h) * 2 * rows + q0;
+
+    const int offset = T - S;  // the position of query 0
+    const int end = offset + (q0 + TILE < S ? q0 + TILE : S);  // no query of the tile sees past it
+    const int from = offset + q0 - window + 1, first = from > 0 ? from / TILE * TILE : 0;
+    float peak[4] = {NOTHING, NOTHING, NOTHING, NOTHING}, total[4] = {}, delta[4] = {};
+    float log_sum[4] = {}, sum[4][8] = {};
+
+    for (int pass = 0; pass < 2; pass++) {
+        for (int t0 = first; t0 < end; t0 += TILE) {
+            float score[4][4], d_p[4][4];
+            multiply_rows(score, queries, Rows<E>{key + t0 * key_t, key_t, T - t0}, C, shared);
+            multiply_rows(d_p, gradients, Rows<E>{value + t0 * value_t, value_t, T - t0}, C,
+                          shared);
+            UNROLLED for (int i = 0; i < 4; i++)
+                UNROLLED for (int j = 0; j < 4; j++) {
+                    const int t = t0 + tx + 16 * j, distance = offset + q0 + 4 * ty + i - t;
+                    if (distance < 0 || distance >= window || t >= T || (has_mask && !mask[t]))
+                        score[i][j] = NOTHING;
+                }
+            if (pass == 0) {  // the online softmax of the forward; delta is mixed as a value is
+                UNROLLED for (int i = 0; i < 4; i++) {
+                    float highest = NOTHING;
+                    UNROLLED for (int j = 0; j < 4; j++) highest = fmaxf(highest, score[i][j]);
+                    const Rescaling r =
+                        raise_peak(peak[i], highest_over_lanes<1, 16>(highest) * scale);
+                    float weights = 0.0f, mixed = 0.0f;
+                    UNROLLED for (int j = 0; j < 4; j++) {
+                        const float weight = weight_of(score[i][j], scale, r.shift);
+                        weights += weight;
+                        mixed += weight * d_p[i][j];
+                    }
+                    total[i] = total[i] * r.shrink + sum_over_lanes<1, 16>(weights);
+                    delta[i] = delta[i] * r.shrink + sum_over_lanes<1, 16>(mixed);
+                }
+            } else {
+                UNROLLED for (int i = 0; i < 4; i++)
+                    UNROLLED for (int j = 0; j < 4; j++)  // scores become s'
+                        score[i][j] = weight_of(score[i][j], scale, log_sum[i])
+                            * (d_p[i][j] - delta[i]);
+                add_weighted_rows(sum, score, Rows<E>{key + t0 * key_t, key_t, T - t0}, c0, C,
+                                  shared);
+            }
+        }
+        if (pass == 0) {
+            UNROLLED for (int i = 0; i < 4; i++) {
+                if (total[i] != 0.0f) {  // else the query sees nothing, and all its p are 0
+                    log_sum[i] = peak[i] + log2f(total[i]);
+                    delta[i] /= total[i];
+                }
+                if (c0 == 0 && tx == 0) {
+                    statistics[4 * ty + i] = log_sum[i];
+                    statistics[rows + 4 * ty + i] = delta[i];
+                }
+            }
+        }
+    }
+    write_rows(d_query + ((b * S + q0) * H + h) * C, (long long)H * C, S - q0, sum, scale * LN_2,
+               c0, C);
+}
+
+template <typename E>
+__global__ void __launch_bounds__(256) key_value_gradients_tiled(
+    BACKWARD_INPUTS, E* __restrict__ d_key, E* __restrict__ d_value) {
+    __shared__ __align__(16) Shared shared;
+    const int chunks = (C + COLUMNS - 1) / COLUMNS, G = H / K;
+    const int t0 = blockIdx.x * TILE;  // the first keys, which most queries see, begin first
+    const int k = blockIdx.y / chunks, c0 = blockIdx.y % chunks * COLUMNS;
+    const long long b = blockIdx.z;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const Rows<E> keys = {key + b * key_b + k * key_k + t0 * key_t, key_t, T - t0};
+    const Rows<E> values = {value + b * value_b + k * value_k + t0 * value_t, value_t, T - t0};
+    if (has_mask) mask += b * T;
+
+    // The queries at positions t0 ... t0 + 63 + window - 1, less those that do not exist.
+    const int offset = T - S, first = t0 > offset ? (t0 - offset) / TILE * TILE : 0;
+    const int last = t0 + TILE - 1 + window - offset, end = last < S ? last : S;
+    float d_k[4][8] = {}, d_v[4][8] = {};
+
+    for (int h = k * G; h < k * G + G; h++)
+        for (int q0 = first; q0 < end; q0 += TILE) {
+            const Rows<E> queries = {query + b * query_b + h * query_h + q0 * query_s, query_s,
+                                     S - q0};
+            const Rows<E> gradients = {gradient + b * gradient_b + h * gradient_h + q0 * gradient_s,
+                                       gradient_s, S - q0};
+            const float* log_sum = statistics + (b * H + h) * 2 * rows + q0;
+            const float* delta = log_sum + rows;
+            float p[4][4], d_s[4][4];  // at first scores and p'; queries past the last are zeros
+            multiply_rows(p, keys, queries, C, shared);
+            multiply_rows(d_s, values, gradients, C, shared);
+            UNROLLED for (int i = 0; i < 4; i++)
+                UNROLLED for (int j = 0; j < 4; j++) {
+                    const int q = tx + 16 * j, t = t0 + 4 * ty + i;
+                    const int distance = offset + q0 + q - t;
+                    const bool seen = distance >= 0 && distance < window && t < T
+                        && (!has_mask || mask[t]);
+                    p[i][j] = seen ? weight_of(p[i][j], scale, log_sum[q]) : 0.0f;
+                    d_s[i][j] = p[i][j] * (d_s[i][j] - delta[q]);
+                }
+            add_weighted_rows(d_v, p, gradients, c0, C, shared);
+            add_weighted_rows(d_k, d_s, queries, c0, C, shared);
+        }
+
+    const long long start = ((b * T + t0) * K + k) * C, stride = (long long)K * C;
+    write_rows(d_key + start, stride, T - t0, d_k, scale * LN_2, c0, C);
+    write_rows(d_value + start, stride, T - t0, d_v, 1.0f, c0, C);
+}
+"""
+
+# ---- Attention, backward: the tensor cores -------------------------------------------------------
+
+ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + TILES + r"""
+// The derivative for 16-bit types (sm_80 and newer), C up to 128. Warps, tiles and copies are those
+// of `attention_tensor_cores`: one of a block's 4 warps has 16 M of the block's own rows to itself,
+// and the others pass by in two buffers. In the first kernel own rows are queries, in the second
+// keys, whose tiles of scores are transposed. Then both kernels are the same two products,
+//
+//     [own, others] = own rows . other rows            scores, p'       (multiply_rows)
+//     [own, C] += [own, others] other rows             q', k', v'       (add_weighted_rows)
+//
+//     1. own  query | context'    others  key   | value           q' += s' key
+//     2. own  key   | value       others  query | context'        k' += s'^T query
+//                                                                 v' += p^T context'
+//
+// and what mma returns is, rounded to 16 bits, the left operand that it takes: p and s' never leave
+// the registers, no tile is transposed in memory, and no sum crosses a warp.
+//
+// Per other row, 4 C bytes of it serve 4 C 64 M and 6 C 64 M operations in the first kernel's two
+// walks, and 8 C 64 in the second (M = 1: two gradients fill its registers): 128 operations per
+// byte or more with M = 2, which the L2 cache can feed. The limit is the tensor cores, and next to
+// them shared memory: with M = 1 an mma needs 256 bytes of right operand for 4096 operations.
+//
+// Shared memory: (128 M + 4 OTHERS) (C_PADDED + 8) 2 bytes, and statistics in the second kernel.
+
+// Write a warp's rows of a gradient, times a factor, by way of its own rows of a tile.
+template <typename E, int C_PADDED, int M> __device__ __forceinline__
+void write_rows(E* start, long long stride, int count, int C,
+                const float (&sum)[M][C_PADDED / 8][4], float factor, E* own) {
+    constexpr int STRIDE = C_PADDED + 8;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __syncwarp();
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int i = 0; i < 2; i++)
+            UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
+                *reinterpret_cast<Vector<E, 2>*>(
+                    own + (16 * m + g + 8 * i) * STRIDE + 8 * n + 2 * t) = {
+                    from_float<E>(sum[m][n][2 * i] * factor),
+                    from_float<E>(sum[m][n][2 * i + 1] * factor)};
+    __syncwarp();
+    UNROLLED for (int i = 0; i < 16 * M; i += 4)
+        UNROLLED for (int j = 0; j < C_PADDED; j += 64) {
+            const int row = i + lane / 8, c = j + lane % 8 * 8;
+            if (row < count && c < C)
+                *reinterpret_cast<Vector<E, 8>*>(start + row * stride + c) =
+                    *reinterpret_cast<const Vector<E, 8>*>(own + row * STRIDE + c);
+        }
+}
+
+template <typename E, int C_PADDED, int M>
+__global__ void __launch_bounds__(128, 2) query_gradient_tensor_cores(
+    BACKWARD_INPUTS, E* __restrict__ d_query) {
+    constexpr int KEYS = M == 1 && C_PADDED <= 96 ? 64 : 32, QUERIES = 64 * M;
+    constexpr int STRIDE = C_PADDED + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    E* queries = reinterpret_cast<E*>(shared);  // [QUERIES][STRIDE]
+    E* gradients = queries + QUERIES * STRIDE;
+    E* buffers = gradients + QUERIES * STRIDE;  // [2][keys, values][KEYS][STRIDE]
+
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * QUERIES;  // the longest rows begin first
+    const int h = blockIdx.y, k = h / (H / K);
+    const long long b = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    query += b * query_b + h * query_h + q0 * query_s;
+    gradient += b * gradient_b + h * gradient_h + q0 * gradient_s;
+    key += b * key_b + k * key_k;
+    value += b * value_b + k * value_k;
+    if (has_mask) mask += b * T;
+
+    const int offset = T - S;  // the position of query 0
+    const int end = offset + (q0 + QUERIES < S ? q0 + QUERIES : S);
+    const int from = offset + q0 - window + 1, first = from > 0 ? from / KEYS * KEYS : 0;
+    const int tiles = (end - first + KEYS - 1) / KEYS;
+    const int row0 = warp * 16 * M;  // the warp's queries: q0 + row0 ..., at positions lowest ...
+    const int lowest = offset + q0 + row0;
+    const int highest = (lowest + 16 * M < end ? lowest + 16 * M : end) - 1;
+    statistics += (b * H + h) * 2 * rows + q0 + row0;
+
+    auto copy_keys_and_values = [&](int i) {  // i runs through the tiles twice
+        const int t0 = first + i % tiles * KEYS;
+        E* tile = buffers + i % 2 * 2 * KEYS * STRIDE;
+        copy_tile<E, KEYS, C_PADDED>(tile, key + t0 * key_t, key_t, T - t0, C);
+        copy_tile<E, KEYS, C_PADDED>(
+            tile + KEYS * STRIDE, value + t0 * value_t, value_t, T - t0, C);
+        cp_async_commit();
+    };
+    copy_tile<E, QUERIES, C_PADDED>(queries, query, query_s, S - q0, C);
+    copy_tile<E, QUERIES, C_PADDED>(gradients, gradient, gradient_s, S - q0, C);
+    copy_keys_and_values(0);
+
+    // [.][2]: rows g and g + 8. Until all keys have passed, log_sum is the peak of the scores.
+    float log_sum[M][2], delta[M][2] = {}, total[M][2] = {}, sum[M][C_PADDED / 8][4] = {};
+    UNROLLED for (int m = 0; m < M; m++) log_sum[m][0] = log_sum[m][1] = NOTHING;
+
+    for (int i = 0; i < 2 * tiles; i++) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there for everyone, and everyone has left the other one
+        if (i + 1 < 2 * tiles) copy_keys_and_values(i + 1);
+        if (i == tiles) {  // the statistics are complete, but for the sum over a row's 4 lanes
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int r = 0; r < 2; r++) {
+                    const float all = sum_over_lanes<1, 4>(total[m][r]);
+                    const float mixed = sum_over_lanes<1, 4>(delta[m][r]);
+                    // A query that sees nothing has p = 0 by its scores.
+                    log_sum[m][r] = all == 0.0f ? 0.0f : log_sum[m][r] + log2f(all);
+                    delta[m][r] = all == 0.0f ? 0.0f : mixed / all;
+                    if (t == 0) {
+                        statistics[16 * m + g + 8 * r] = log_sum[m][r];
+                        statistics[rows + 16 * m + g + 8 * r] = delta[m][r];
+                    }
+                }
+        }
+        const int t0 = first + i % tiles * KEYS;
+        if (t0 > highest || t0 + KEYS <= lowest - window + 1) continue;  // nothing for this warp
+        const E* keys = buffers + i % 2 * 2 * KEYS * STRIDE;
+        const E* values = keys + KEYS * STRIDE;
+
+        float score[M][KEYS / 8][4], d_p[M][KEYS / 8][4];
+        multiply_rows<E, C_PADDED, M, KEYS>(score, queries + row0 * STRIDE, keys);
+        multiply_rows<E, C_PADDED, M, KEYS>(d_p, gradients + row0 * STRIDE, values);
+
+        // The padding of a tile's keys, as bits: bit i of seen[n] is key t0 + 32 n + i.
+        uint32_t seen[KEYS / 32];
+        bool partly = t0 + KEYS - 1 > lowest || t0 <= highest - window;
+        UNROLLED for (int n = 0; n < KEYS / 32; n++) {
+            const int position = t0 + 32 * n + lane;
+            seen[n] = has_mask
+                ? __ballot_sync(0xffffffff, position < T && mask[position]) : 0xffffffff;
+            partly = partly || seen[n] != 0xffffffff;
+        }
+        if (partly) {
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    UNROLLED for (int e = 0; e < 4; e++) {
+                        const int column = 8 * n + 2 * t + e % 2;
+                        const int distance = lowest + 16 * m + g + e / 2 * 8 - (t0 + column);
+                        if (distance < 0 || distance >= window
+                            || !(seen[n / 4] >> (column % 32) & 1))
+                            score[m][n][e] = NOTHING;
+                    }
+        }
+
+        if (i < tiles) {  // the online softmax of the forward; delta is mixed as a value is
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int r = 0; r < 2; r++) {
+                    float high = NOTHING;
+                    UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                        high = fmaxf(high, fmaxf(score[m][n][2 * r], score[m][n][2 * r + 1]));
+                    const Rescaling to =
+                        raise_peak(log_sum[m][r], highest_over_lanes<1, 4>(high) * scale);
+                    total[m][r] *= to.shrink;
+                    delta[m][r] *= to.shrink;
+                    UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                        UNROLLED for (int e = 2 * r; e < 2 * r + 2; e++) {
+                            const float weight = weight_of(score[m][n][e], scale, to.shift);
+                            total[m][r] += weight;
+                            delta[m][r] += weight * d_p[m][n][e];
+                        }
+                }
+        } else {
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                    UNROLLED for (int e = 0; e < 4; e++)  // scores become s'
+                        score[m][n][e] = weight_of(score[m][n][e], scale, log_sum[m][e / 2])
+                            * (d_p[m][n][e] - delta[m][e / 2]);
+            add_weighted_rows<E, C_PADDED, M, KEYS>(sum, score, keys);
+        }
+    }
+    write_rows<E, C_PADDED, M>(d_query + ((b * S + q0 + row0) * H + h) * C, (long long)H * C,
+                               S - q0 - row0, C, sum, scale * LN_2, queries + row0 * STRIDE);
+}
+
+template <typename E, int C_PADDED>
+__global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
+    BACKWARD_INPUTS, E* __restrict__ d_key, E* __restrict__ d_value) {
+    constexpr int KEYS = 64, QUERIES = C_PADDED <= 64 ? 64 : 32, STRIDE = C_PADDED + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    E* keys = reinterpret_cast<E*>(shared);  // [KEYS][STRIDE]
+    E* values = keys + KEYS * STRIDE;
+    E* buffers = values + KEYS * STRIDE;     // [2][queries, gradients][QUERIES][STRIDE]
+    float* numbers = reinterpret_cast<float*>(buffers + 4 * QUERIES * STRIDE);  // [2][2][QUERIES]
+
+    const int t0 = blockIdx.x * KEYS;  // the first keys, which most queries see, begin first
+    const int k = blockIdx.y, G = H / K;
+    const long long b = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    query += b * query_b + k * G * query_h;
+    gradient += b * gradient_b + k * G * gradient_h;
+    statistics += (b * H + k * G) * 2 * rows;
+    key += b * key_b + k * key_k + t0 * key_t;
+    value += b * value_b + k * value_k + t0 * value_t;
+    if (has_mask) mask += b * T;
+
+    // The queries at positions t0 ... t0 + 63 + window - 1, less those that do not exist.
+    const int offset = T - S, first = t0 > offset ? (t0 - offset) / QUERIES * QUERIES : 0;
+    const int last = t0 + KEYS - 1 + window - offset, end = last < S ? last : S;
+    const int tiles = end > first ? (end - first + QUERIES - 1) / QUERIES : 0;  // of each head
+    const int row0 = warp * 16, lowest = t0 + row0;  // the warp's first key
+    bool seen[2];  // keys g and g + 8
+    UNROLLED for (int r = 0; r < 2; r++) {
+        const int position = lowest + g + 8 * r;
+        seen[r] = position < T && (!has_mask || mask[position]);
+    }
+
+    auto copy_queries_and_gradients = [&](int i) {  // i runs through the tiles of all heads
+        const int head = i / tiles, q0 = first + i % tiles * QUERIES;
+        E* tile = buffers + i % 2 * 2 * QUERIES * STRIDE;
+        copy_tile<E, QUERIES, C_PADDED>(
+            tile, query + head * query_h + q0 * query_s, query_s, S - q0, C);
+        copy_tile<E, QUERIES, C_PADDED>(
+            tile + QUERIES * STRIDE, gradient + head * gradient_h + q0 * gradient_s, gradient_s,
+            S - q0, C);
+        if (threadIdx.x < QUERIES / 2) {  // 4 numbers each
+            const int which = threadIdx.x / (QUERIES / 4), q = threadIdx.x % (QUERIES / 4) * 4;
+            cp_async_16(numbers + (i % 2 * 2 + which) * QUERIES + q,
+                        statistics + (2LL * head + which) * rows + q0 + q, true);
+        }
+        cp_async_commit();
+    };
+    if (tiles > 0) {  // else no query sees these keys
+        copy_tile<E, KEYS, C_PADDED>(keys, key, key_t, T - t0, C);
+        copy_tile<E, KEYS, C_PADDED>(values, value, value_t, T - t0, C);
+        copy_queries_and_gradients(0);
+    }
+
+    float d_k[1][C_PADDED / 8][4] = {}, d_v[1][C_PADDED / 8][4] = {};
+    for (int i = 0; i < tiles * G; i++) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there for everyone, and everyone has left the other one
+        if (i + 1 < tiles * G) copy_queries_and_gradients(i + 1);
+        const int from = offset + first + i % tiles * QUERIES;  // the position of the first query
+        if (from + QUERIES <= lowest || from >= lowest + 15 + window) continue;
+        const E* queries = buffers + i % 2 * 2 * QUERIES * STRIDE;
+        const E* gradients = queries + QUERIES * STRIDE;
+        const float* log_sum = numbers + i % 2 * 2 * QUERIES;
+        const float* delta = log_sum + QUERIES;
+
+        float p[1][QUERIES / 8][4], d_s[1][QUERIES / 8][4];  // at first scores and p'
+        multiply_rows<E, C_PADDED, 1, QUERIES>(p, keys + row0 * STRIDE, queries);
+        const bool partly = from < lowest + 15 || from + QUERIES - 1 >= lowest + window
+            || !seen[0] || !seen[1];
+        if (partly) {
+            UNROLLED for (int n = 0; n < QUERIES / 8; n++)
+                UNROLLED for (int e = 0; e < 4; e++) {
+                    const int distance = from + 8 * n + 2 * t + e % 2 - (lowest + g + e / 2 * 8);
+                    if (distance < 0 || distance >= window || !seen[e / 2]) p[0][n][e] = NOTHING;
+                }
+        }
+        UNROLLED for (int n = 0; n < QUERIES / 8; n++)
+            UNROLLED for (int e = 0; e < 4; e++)
+                p[0][n][e] = weight_of(p[0][n][e], scale, log_sum[8 * n + 2 * t + e % 2]);
+        add_weighted_rows<E, C_PADDED, 1, QUERIES>(d_v, p, gradients);
+        multiply_rows<E, C_PADDED, 1, QUERIES>(d_s, values + row0 * STRIDE, gradients);
+        UNROLLED for (int n = 0; n < QUERIES / 8; n++)
+            UNROLLED for (int e = 0; e < 4; e++)
+                d_s[0][n][e] = p[0][n][e] * (d_s[0][n][e] - delta[8 * n + 2 * t + e % 2]);
+        add_weighted_rows<E, C_PADDED, 1, QUERIES>(d_k, d_s, queries);
+    }
+
+    const long long start = ((b * T + lowest) * K + k) * C, stride = (long long)K * C;
+    write_rows<E, C_PADDED, 1>(d_key + start, stride, T - lowest, C, d_k, scale * LN_2,
+                               keys + row0 * STRIDE);
+    write_rows<E, C_PADDED, 1>(d_value + start, stride, T - lowest, C, d_v, 1.0f,
+                               values + row0 * STRIDE);
+}
+"""
+
 # ---- Products of few rows ------------------------------------------------------------------------
 
 LINEAR = HEADER + r"""
@@ -930,6 +1469,7 @@ TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  
 # decode kernel with the blocks that a multiprocessor's registers hold (its __launch_bounds__).
 TENSOR_CORE_TILES = [(C, M) for C in (32, 64, 80, 96, 128, 160, 192, 256) for M in (1, 2)
                      if M == 1 or C <= 128]
+BACKWARD_TILES = [(C, M) for C in (32, 64, 96, 128) for M in (1, 2)]  # of the query's gradient
 DECODE_BLOCKS = {(64, 1): 4, (64, 4): 3, (64, 8): 2, (128, 1): 4, (128, 4): 3, (128, 8): 2,
                  (256, 1): 4, (256, 4): 2}
 LINEAR_ROWS = (1, 2, 4, 8)
@@ -944,12 +1484,19 @@ def instances():
             found += [(RMS_NORM_BACKWARD, f"rms_norm_backward<{E}, {N}>")]
             found += [(LINEAR, f"linear<{E}, {N}, {rows}>") for rows in LINEAR_ROWS]
         found += [(ATTENTION_TILED, f"attention_tiled<{E}>")]
+        found += [(ATTENTION_BACKWARD_TILED, f"{name}_tiled<{E}>")
+                  for name in ("query_gradient", "key_value_gradients")]
         found += [(ATTENTION_DECODE, f"attention_combine<{E}>")]
         found += [(ATTENTION_DECODE, f"attention_decode<{E}, {columns}, {rows}>")
                   for columns, rows in DECODE_BLOCKS]
         if E != "float":
             found += [(ATTENTION_TENSOR_CORES, f"attention_tensor_cores<{E}, {C}, {M}>")
                       for C, M in TENSOR_CORE_TILES]
+            source = ATTENTION_BACKWARD_TENSOR_CORES
+            found += [(source, f"query_gradient_tensor_cores<{E}, {C}, {M}>")
+                      for C, M in BACKWARD_TILES]
+            found += [(source, f"key_value_gradients_tensor_cores<{E}, {C}>")
+                      for C, M in BACKWARD_TILES if M == 1]
     return found
 
 
@@ -1129,20 +1676,8 @@ def rms_norm_backward(gradient, x, scale, epsilon):
     return d_x, d_scale
 
 
-def attention(query, key, value, padding_mask=None, sliding_window=None):
-    """Causal grouped-query attention that never holds the score matrix: phi3_ref's `attention`.
-
-    Args:
-        query: [B, S, H, C], float32, float16 or bfloat16, on the GPU; the queries are the last S of
-            the T positions. It may be a slice of the fused projection, and so may the next two.
-        key: [B, T, K, C]; query head h reads key/value head h // (H // K).
-        value: [B, T, K, C].
-        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
-        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
-
-    Returns:
-        [B, S, H, C], contiguous, in the dtype of `query`. Rows that see no key are zero.
-    """
+def attention_inputs(query, key, value, padding_mask, sliding_window):
+    """Check the arguments of `attention`; return what ATTENTION_INPUTS lists."""
     check_array("query", query, (None,) * 4)
     B, S, H, C = query.shape
     check_array("key", key, (B, None, None, C), like=query)
@@ -1158,17 +1693,35 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         mask = array_module.ascontiguousarray(padding_mask, dtype=bool)
     else:
         mask = array_module.empty(1, bool)  # the kernels do not look at it
+    strides = [stride // query.itemsize for array in (query, key, value)
+               for stride in array.strides[:3]]
+    window, scale = min(sliding_window or T, T), np.float32(max(C, 1)**-0.5 * math.log2(math.e))
+    return (query, key, value, mask, np.int32(has_mask), *map(np.int64, strides),
+            *map(np.int32, (S, T, H, K, C, window)), scale)
+
+
+def attention(query, key, value, padding_mask=None, sliding_window=None):
+    """Causal grouped-query attention that never holds the score matrix: phi3_ref's `attention`.
+
+    Args:
+        query: [B, S, H, C], float32, float16 or bfloat16, on the GPU; the queries are the last S of
+            the T positions. It may be a slice of the fused projection, and so may the next two.
+        key: [B, T, K, C]; query head h reads key/value head h // (H // K).
+        value: [B, T, K, C].
+        padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
+        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+
+    Returns:
+        [B, S, H, C], contiguous, in the dtype of `query`. Rows that see no key are zero.
+    """
+    inputs = attention_inputs(query, key, value, padding_mask, sliding_window)
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
     output = array_module.empty((B, S, H, C), query.dtype)
     if output.size == 0:
         return output
 
     E, G = TYPES[query.dtype.name], H // K
     capability, multiprocessors, shared_memory = gpu_limits()
-    strides = [stride // query.itemsize for array in (query, key, value)
-               for stride in array.strides[:3]]
-    window, scale = min(sliding_window or T, T), np.float32(C**-0.5 * math.log2(math.e))
-    inputs = (query, key, value, mask, np.int32(has_mask), *map(np.int64, strides),
-              *map(np.int32, (S, T, H, K, C, window)), scale)
     fast = C <= 256 and in_vectors(query, key, value)
 
     if fast and S <= 8:
@@ -1176,7 +1729,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         rows = 1 if S * G == 1 else 4 if S * G <= 4 or columns == 256 else 8
         heads = K * divide_up(S * G, rows)
         # As many blocks as run at once, each with at least one round of 64 keys.
-        keys = min(T, window + S - 1)
+        keys = min(T, (sliding_window or T) + S - 1)
         blocks = DECODE_BLOCKS[columns, rows] * multiprocessors
         splits = max(1, min(blocks // (B * heads), divide_up(keys, 64)))
         per_split = divide_up(keys, splits)
@@ -1204,6 +1757,57 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     load_kernel(ATTENTION_TILED, f"attention_tiled<{E}>")(
         (divide_up(S, 64), H * divide_up(C, 128), B), (256,), (*inputs, output))
     return output
+
+
+def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None):
+    """Return the gradients of attention's query, key and value: phi3_ref's `attention_backward`.
+
+    Args:
+        gradient: [B, S, H, C], that of the result, in the dtype of `query`.
+        query, key, value, padding_mask, sliding_window: as for `attention`.
+
+    Returns:
+        [B, S, H, C], [B, T, K, C] and [B, T, K, C], contiguous, in the dtype of `query`; summed in
+        float32, rounded once. Queries that see no key, and keys that nobody sees, have zeros.
+    """
+    inputs = attention_inputs(query, key, value, padding_mask, sliding_window)
+    (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    check_array("gradient", gradient, query.shape, like=query)
+    d_query, d_key, d_value = (array_module.empty(array.shape, query.dtype)
+                               for array in (query, key, value))
+    if key.size == 0:
+        return d_query, d_key, d_value
+
+    E, rows = TYPES[query.dtype.name], 128 * divide_up(S, 128)
+    statistics = array_module.empty((B, H, 2, rows), np.float32)
+    inputs += (gradient, *(np.int64(stride // query.itemsize) for stride in gradient.strides[:3]),
+               statistics, np.int32(rows))
+    capability, multiprocessors, shared_memory = gpu_limits()
+
+    if (query.itemsize == 2 and capability >= 80 and C <= 128
+            and in_vectors(gradient, query, key, value)):
+        padded = next(columns for columns, _ in BACKWARD_TILES if columns >= C)
+        source, row = ATTENTION_BACKWARD_TENSOR_CORES, (padded + 8) * 2  # bytes in shared memory
+        # 128 queries per block if there is work for all with so few, and room; else 64.
+        enough = divide_up(S, 128) * H * B >= 2 * multiprocessors
+        M = 2 if enough and (256 + 4 * 32) * row <= shared_memory else 1
+        owns_queries = (128 * M + 4 * (64 if M == 1 and padded <= 96 else 32)) * row
+        queries = 64 if padded <= 64 else 32
+        owns_keys = (128 + 4 * queries) * row + 4 * queries * 4
+        if query.size:
+            load_kernel(source, f"query_gradient_tensor_cores<{E}, {padded}, {M}>")(
+                (divide_up(S, 64 * M), H, B), (128,), (*inputs, d_query), shared_mem=owns_queries)
+        load_kernel(source, f"key_value_gradients_tensor_cores<{E}, {padded}>")(
+            (divide_up(T, 64), K, B), (128,), (*inputs, d_key, d_value), shared_mem=owns_keys)
+        return d_query, d_key, d_value
+
+    chunks = divide_up(C, 128)
+    if query.size:
+        load_kernel(ATTENTION_BACKWARD_TILED, f"query_gradient_tiled<{E}>")(
+            (divide_up(S, 64), H * chunks, B), (256,), (*inputs, d_query))
+    load_kernel(ATTENTION_BACKWARD_TILED, f"key_value_gradients_tiled<{E}>")(
+        (divide_up(T, 64), K * chunks, B), (256,), (*inputs, d_key, d_value))
+    return d_query, d_key, d_value
 
 
 def linear(x, weight):

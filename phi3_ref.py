@@ -1109,6 +1109,11 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
     if tap is not no_tap or probabilities is not None:
         return textbook_attention_backward(gradient, query, key, value, padding_mask,
                                            sliding_window, tap, probabilities)
+    if has_kernel(query):
+        import kernels_cuda
+
+        return kernels_cuda.attention_backward(gradient, query, key, value, padding_mask,
+                                               sliding_window)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query, gradient = (x.reshape(B, S, K, H // K, C) for x in (query, gradient))
     d_query = xp.empty_like(query)

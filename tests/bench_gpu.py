@@ -66,6 +66,10 @@ def attention_operations(S, H, C):
     return S * (S + 1) // 2 * 4 * C * H
 
 
+def attention_backward_operations(S, H, C):
+    return S * (S + 1) // 2 * 10 * C * H  # five products: what must be done, by whatever kernel
+
+
 def decode_bytes(T, H, K, C):
     return 2 * 2 * (T * K * C + H * C)
 
@@ -123,7 +127,7 @@ def to_torch(array):
 
 
 def on_host(result):
-    """Returns CuPy's or PyTorch's result as a NumPy array in float32; of a tuple, each."""
+    """Returns CuPy's or PyTorch's result, or each of several, as a NumPy array in float32."""
     if isinstance(result, tuple):
         return tuple(map(on_host, result))
     if cupy is not None and isinstance(result, cupy.ndarray):
@@ -148,6 +152,26 @@ def attention_error(inputs, result):
             key, value = (on_host(x[:, :T - S + stop, k:k + 1]) for x in inputs[1:])
             exact = phi3_ref.textbook_attention(query, key, value)
             worst = max(worst, error_of(result[:, start:stop, heads], exact))
+    return worst
+
+
+def attention_backward_error(inputs, results):
+    """Compares the first and last group of heads: of the last 64 queries and keys, which only they
+    see, everything; of the first 64 queries theirs; and up to 1,024 positions everything.
+    """
+    (_, S, H, _), K = inputs[1].shape, inputs[2].shape[2]
+    worst, G = 0.0 if all(np.isfinite(x).all() for x in results) else math.inf, H // K
+    for k in {0, K - 1}:
+        heads, one = slice(k * G, (k + 1) * G), slice(k, k + 1)
+        for start, stop, keys in ((0, min(64, S), 0), (max(0, S - 64), S, max(0, S - 64)),
+                                  *([(0, S, 0)] if S <= 1024 else [])):
+            rows = [on_host(x[:, start:stop, heads]) for x in inputs[:2]]
+            exact = phi3_ref.attention_backward(
+                *rows, *(on_host(x[:, :stop, one]) for x in inputs[2:]))
+            worst = max(worst, error_of(results[0][:, start:stop, heads], exact[0]))
+            if stop == S:
+                worst = max(worst, *(error_of(ours[:, keys:, one], theirs[:, keys:]) for
+                                     ours, theirs in zip(results[1:], exact[1:], strict=True)))
     return worst
 
 
@@ -422,6 +446,53 @@ def bench_attention(S, T, H, K, C, limit):
         row(what, "TFLOP/s", 1e12, ours, limit, peers, beat=("flash", 1) if S >= 4096 else None)
 
 
+def torch_attention_backward(name, amount, backend, sets):
+    """Returns the rate of the derivative of one of PyTorch's attention backends."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    H, K = sets[0][1].shape[2], sets[0][2].shape[2]
+
+    def forward(inputs, repeat, **kwargs):
+        gradient, *leaves = (to_torch(x).transpose(1, 2) for x in inputs)  # [B, H, S, C]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        key, value = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in leaves[1:])
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            context = torch.nn.functional.scaled_dot_product_attention(
+                leaves[0], key, value, is_causal=True, **kwargs)
+        return gradient, context, *leaves
+
+    def call(gradient, context, *leaves):
+        found = torch.autograd.grad(context, leaves, gradient, retain_graph=True)
+        return tuple(x.transpose(1, 2) for x in found)
+
+    found = None
+    for repeat, kwargs in [(1, {})] if H == K else [(1, {"enable_gqa": True}), (H // K, {})]:
+        try:
+            theirs = [forward(inputs, repeat, **kwargs) for inputs in sets]
+        except Exception as problem:  # it wants the keys of every head
+            found = failed(name, problem)
+            continue
+        found = rate(name, amount, time_plain, call, theirs, attention_backward_error, sets)
+        if not isinstance(found, str):
+            break
+    return found
+
+
+def bench_attention_backward(S, H, K, C, limit):
+    def make():
+        return tuple(random_array(1, S, heads, C) for heads in (H, H, K, K))
+
+    amount = attention_backward_operations(S, H, C)
+    sets = input_sets(make, 2 * 2 * S * C * (H + K))
+    what = f"attention backward, {S:,} keys, H/K {H}/{K}, C {C}"
+    ours = rate(what, amount, time_ours, kernels_cuda.attention_backward, sets,
+                attention_backward_error)
+    peers = {name: torch_attention_backward(f"peer {name} backward", amount, backend, sets)
+             if has_torch() else absent()
+             for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION"))}
+    row(what, "TFLOP/s", 1e12, ours, limit, peers, beat=("flash", 0.9))
+
+
 # The whole model ----------------------------------------------------------------------------------
 
 def our_model():
@@ -586,6 +657,9 @@ def main(arguments=None):
     for H, K, C in HEADS:
         for T in (4096, 16384, 32768) + (131072,) * (not quick):
             bench_attention(1, T, H, K, C, copied)
+    for H, K, C in HEADS:
+        for S in (4096, 16384):
+            bench_attention_backward(S, H, K, C, multiplied)
     for rows in (1, 8):  # Phi-3-mini's: query, key and value; gate and intermediate; and so on
         for size, out in ((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072), (3072, 32064)):
             bench_linear(rows, size, out, copied)

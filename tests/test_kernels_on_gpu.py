@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import references as ref
+import test_attention_backward_on_cpu as backward_on_cpu
 import test_kernels_on_cpu as on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,56 @@ def test_attention_at_real_shapes(dtype, S, T, mask, window, H, K, C):
             assert ref.relative_error(result[:, rows, heads], exact) <= tolerance
 
 
+def run_backward(inputs):
+    """Returns the three gradients, from memory that held NaN, as NumPy arrays."""
+    *arrays, window = inputs
+    arrays = [to_gpu(array) for array in arrays]
+    poison = [cupy.empty(array.shape, array.dtype) for array in arrays[1:4]]
+    for array in poison:
+        array.view(np.uint8).fill(0xFF)
+    del poison
+    results = kernels_cuda.attention_backward(*arrays, window)
+    assert all(x.dtype == like.dtype and x.shape == like.shape and x.flags.c_contiguous
+               for x, like in zip(results, inputs[1:4], strict=True))
+    return [x.get() for x in results]
+
+
+def check_backward(results, inputs, dtype):
+    for result, exact, size in zip(results, *backward_on_cpu.expected(inputs), strict=True):
+        assert abs(result.astype("float64") - exact).max() <= ref.TOLERANCE[dtype] * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_backward_around_every_edge(dtype):
+    layouts = ("dense", "fused", "cache", "unaligned")
+    dims = [1, 8, 24, 32, 64, 80, 96, 97, 128, 130, 160, 257]
+
+    @settings(max_examples=ref.examples(150))
+    @given(backward_on_cpu.cases(dtype, dims, layouts))
+    def all_equal(case):
+        inputs = backward_on_cpu.arguments(case)
+        check_backward(run_backward(inputs), inputs, dtype)
+
+    all_equal()
+
+
+@pytest.mark.parametrize("H, K, C", HEADS)
+@pytest.mark.parametrize("S, T, mask, window", [
+    (1024, 1024, "none", None), (1000, 2000, "left", 700), (2000, 2000, "random", None)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_backward_at_real_shapes(dtype, S, T, mask, window, H, K, C):
+    """Everything of the first and the last group of heads."""
+    case = on_cpu.Case(dtype, 1, S, T, K, H // K, C, mask, window, layout="fused")
+    gradient, query, key, value, mask, _ = inputs = backward_on_cpu.arguments(case)
+    results = run_backward(inputs)
+    assert all(np.isfinite(x.astype("float32")).all() for x in results)
+    for k in (0, K - 1):
+        heads, one = slice(k * H // K, (k + 1) * H // K), slice(k, k + 1)
+        part = (gradient[:, :, heads], query[:, :, heads], key[:, :, one], value[:, :, one], mask,
+                window)
+        check_backward([results[0][:, :, heads], *(x[:, :, one] for x in results[1:])], part, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [
     (1, 1), (3, 7), (5, 96), (2, 3, 129), (1, 3072), (4096, 3072), (4, 5120), (2, 8193),
@@ -145,6 +196,11 @@ def test_same_bits_every_time(dtype, S, T):
     inputs = on_cpu.Case(dtype, 2, S, T, 10, 4, 96, "left", 1500, layout="fused").inputs()
     first, *others = (run(inputs).tobytes() for _ in range(3))
     assert others == [first, first]
+    inputs = backward_on_cpu.arguments(on_cpu.Case(
+        dtype, 2, S, T, 10, 4, 96, "left", 1500, layout="fused"))
+    first, *others = ([x.tobytes() for x in run_backward(inputs)] for _ in range(3))
+    assert others == [first, first]
+    inputs = inputs[1:]
     x, scale = (to_gpu(inputs[0][i].reshape(-1, 96)[:n]) for i, n in ((0, None), (1, 1)))
     first, *others = (kernels_cuda.rms_norm(x, scale[0], 1e-6).get().tobytes() for _ in range(3))
     assert others == [first, first]

@@ -19,7 +19,9 @@ import kernels_cuda
 NAMES = {source_name: [name for source, name in kernels_cuda.instances()
                        if source == getattr(kernels_cuda, source_name)]
          for source_name in ("RMS_NORM", "RMS_NORM_BACKWARD", "ATTENTION_TILED",
-                             "ATTENTION_TENSOR_CORES", "ATTENTION_DECODE", "LINEAR")}
+                             "ATTENTION_TENSOR_CORES", "ATTENTION_DECODE",
+                             "ATTENTION_BACKWARD_TILED", "ATTENTION_BACKWARD_TENSOR_CORES",
+                             "LINEAR")}
 REGISTERS = 65_536  # of one multiprocessor
 STATIC_SHARED_MEMORY = 48 << 10  # bytes that a kernel may declare
 MOST_SPILLED = 256  # bytes, stores and loads: a few registers, outside of the innermost loops
@@ -91,7 +93,7 @@ def test_compiles(source_name, arch):
         bounds = re.search(rf"__launch_bounds__\((\d+)[^;{{]*?\b{name.split('<')[0]}\(", source)
         assert registers * int(bounds[1]) <= REGISTERS, name
         assert shared <= STATIC_SHARED_MEMORY and spilled <= MOST_SPILLED, name
-    if source_name == "ATTENTION_TENSOR_CORES":  # what cuda_on_cpu replaces is there on a GPU
+    if source_name.endswith("TENSOR_CORES"):  # what cuda_on_cpu replaces is there on a GPU
         for instruction in (b"mma.sync", b"cp.async", b"ldmatrix"):
             assert (instruction in ptx) == (arch != "sm_75" or instruction == b"ldmatrix")
 
