@@ -139,7 +139,7 @@ def test_tensor_cores(dtype, padded, M):
         assert check(Case(dtype, 1, 130, 131, 1, 2, C, "left", 70), **options) == wanted
 
 
-def test_which_kernels():
+def test_which_kernels(monkeypatch):
     """Tensor cores from sm_80 on, for vectors of 16 bytes in 16 bits, and where they have room."""
     tiled = [f"{name}_tiled<__half>" for name in NAMES]
     case = Case("float16", 1, 40, 70, 1, 2, 96)
@@ -150,6 +150,29 @@ def test_which_kernels():
     (shifted, *_), names = run((wide[..., 1:], *inputs[1:]))
     assert names == tiled and ref.relative_error(shifted, run(inputs)[0][0]) < 3e-3
     assert check(Case("float16", 1, 9, 9, 1, 1, 136)) == tiled
+    # 128 queries per block where a block may have the shared memory: not on sm_89, at C = 128.
+    for room, M in ((99 << 10, 1), (227 << 10, 2)):
+        with cuda_on_cpu.emulate() as launches, monkeypatch.context() as patch:
+            patch.setattr(kernels_cuda, "gpu_limits", lambda room=room: (89, 0, room))
+            kernels_cuda.attention_backward(*arguments(Case("float16", 1, 9, 9, 1, 1, 128)))
+        assert launches[0][0] == f"query_gradient_tensor_cores<__half, 128, {M}>"
+
+
+def test_bytes_are_as_counted():
+    """By hand, 128 queries and keys of one head, C = 64 in 16 bits, 128 bytes a row.
+
+    A block of 128 queries reads two arrays of them once, and keys and values twice; it writes the
+    gradient and 2 numbers a query. The keys' blocks read their 64 rows of two arrays, of queries
+    and gradients all 128 rows or the last 64, with 2 numbers a query; they write two gradients.
+    """
+    traffic = []
+    with cuda_on_cpu.emulate(multiprocessors=0, traffic=traffic):
+        kernels_cuda.attention_backward(*arguments(Case("float16", 1, 128, 128, 1, 1, 64)))
+    assert [asked for asked, _ in traffic] == [
+        128 * (2 * 128 + 2 * 2 * 128 + 128 + 8),
+        128 * 2 * 128 + (128 + 64) * (2 * 128 + 8) + 128 * 2 * 128]
+    # Read 128 neighbouring bytes at a time; arrays here begin at any 16.
+    assert all(segments <= 1.25 * asked for asked, segments in traffic)
 
 
 @pytest.mark.parametrize("case", [
