@@ -1,10 +1,11 @@
 """Raw CUDA kernels for Phi-3: RMSNorm, attention, and the products of decoding; their launchers.
 
-`rms_norm` and its derivative `rms_norm_backward`, `attention` and `linear` have the signatures and
-the meaning of phi3_ref's, on CuPy arrays in float32, float16 or bfloat16. The kernels stand below
-as CUDA C++ source, each under a comment that gives its algorithm, its tiling, and what limits it;
-they are compiled when they are first used. `decode_by_graph` makes one launch of a decoding step's
-many: a CUDA graph. `load_cupy` says what is missing where CuPy or the GPU is.
+`rms_norm`, `attention` and `linear`, and the derivatives `rms_norm_backward` and
+`attention_backward`, have the signatures and the meaning of phi3_ref's, on CuPy arrays in float32,
+float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a comment that gives its
+algorithm, its tiling, and what limits it; they are compiled when they are first used.
+`decode_by_graph` makes one launch of a decoding step's many: a CUDA graph. `load_cupy` says what is
+missing where CuPy or the GPU is.
 
 Legend, as in phi3_ref: B batch, S query positions, T key positions, H query heads, K key/value
 heads, G = H // K, C head_dim, D hidden_dim. The S queries are the last S of the T positions.

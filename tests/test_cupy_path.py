@@ -82,7 +82,7 @@ def kernels(monkeypatch):
 
         return kernel
 
-    for name in ("rms_norm", "rms_norm_backward", "attention", "linear"):
+    for name in ("rms_norm", "rms_norm_backward", "attention", "attention_backward", "linear"):
         monkeypatch.setattr(kernels_cuda, name, stand_in_for(name))
     monkeypatch.setattr(kernels_cuda, "array_module", cupy_stand_in)  # `capture`'s
     monkeypatch.setattr(phi3_ref, "linear", linear_as_on_the_device)
