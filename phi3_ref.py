@@ -486,11 +486,8 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
 def silu(x):
     """Return `x * sigmoid(x)`, rounded once; any shape."""
     wide_x, xp = upcast(x), get_array_module(x)
-    y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x))
     with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
-        xp.exp(y, out=y)
-    y += 1
-    return xp.divide(wide_x, y, out=y).astype(x.dtype, copy=False)
+        return (wide_x / (1 + xp.exp(-wide_x))).astype(x.dtype, copy=False)
 
 
 def silu_backward(gradient, x):
@@ -1019,8 +1016,9 @@ def rms_norm_backward(gradient, x, scale, epsilon):
 
 
 def attention_blocks(query, key, padding_mask, sliding_window):
-    """Yield pairs of blocks that meet in `attention`: where in the query, where in the keys, and
-    visible: [s, t] or [b, 1, 1, s, t]. Arguments are `attention`'s, but the query [B, S, K, G, C].
+    """Yield the blocks that meet in `attention`: where in the query, where in the keys, visible.
+
+    Visible is [s, t] or [b, 1, 1, s, t]. Arguments are `attention`'s, but query [B, S, K, G, C].
     """
     xp, (B, S, K, G, _), T = get_array_module(query), query.shape, key.shape[1]
     # As much at once as keeps its scores in cache (2^18 of float32 are 1 MiB): of a long prompt one
