@@ -938,6 +938,9 @@ class AdamW:
         """Take one step: change `weights` in place; both are dicts as `unfused` makes them."""
         rate = self.learning_rate
         rate = check_learning_rate(rate(self.iterations) if callable(rate) else rate)
+        for name, g in gradients.items():
+            if name not in self.moments:  # all are made before anything changes
+                self.moments[name] = [get_array_module(g).zeros_like(g) for _ in range(2)]
         self.iterations += 1
         corrections = [1 - beta**self.iterations for beta in (self.beta_1, self.beta_2)]
         corrected = rate * math.sqrt(corrections[1]) / corrections[0]
@@ -949,8 +952,6 @@ class AdamW:
             squares = dict.fromkeys(squares, sum(squares.values()))
         for name, weight in weights.items():
             xp, g = get_array_module(weight), gradients[name]
-            if name not in self.moments:
-                self.moments[name] = [xp.zeros_like(g), xp.zeros_like(g)]
             if clip:
                 g = g * (clip / xp.maximum(xp.sqrt(squares[name]), clip))
             m, v = self.moments[name]
@@ -2917,7 +2918,8 @@ class Phi3CausalLM:
                 parts = list(cores.map(compute, pieces))
         else:
             pieces = [slice(0, len(y))]
-            parts = [compute(pieces[0])]
+            with memory_for(f"the gradients of {y.size:,} positions", xp):
+                parts = [compute(pieces[0])]
         loss, gradients = float(sum(part[0] for part in parts)), parts[0][2]
         for _, _, part in parts[1:]:
             for view, other in zip(unfused(gradients, backbone.config).values(),
@@ -2982,7 +2984,7 @@ class Phi3CausalLM:
         require(all(name in weights and moment.shape == weights[name].shape
                     for name, (moment, _) in self.optimizer.moments.items()),
                 "The optimizer has learned another model: give `compile` a new one.")
-        with uninterrupted():
+        with uninterrupted(), memory_for("a step of the optimizer", xp):
             self.optimizer.update(weights, gradients)
         return [loss, accuracy]
 

@@ -462,6 +462,25 @@ def test_out_of_memory(policy, monkeypatch):
         causal_lm.next_logits(np.zeros((1, 51), int), 1)
 
 
+def test_out_of_memory_while_learning(monkeypatch):
+    """The error says for what, and no weight has changed: by gradients, and by the first step."""
+    causal_lm = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**PLAIN, backend="cupy", seed=1))
+    before = causal_lm.backbone.get_weights()
+    inputs, labels, weight = labelled(batch(14, 9), 64)
+    monkeypatch.setattr(cupy_stand_in, "MEMORY", [1000, 2**34])
+    positions = f"the gradients of {labels.size:,} positions: Out of memory"
+    with pytest.raises(MemoryError, match=positions):
+        causal_lm.train_on_batch(inputs, labels, weight)
+    monkeypatch.setattr(cupy_stand_in, "zeros_like", lambda a: cupy_stand_in.allocated(
+        np.broadcast_to(np.float32(0), 2**40)))
+    cupy_stand_in.MEMORY[0] = 2**34
+    with pytest.raises(MemoryError, match="a step of the optimizer: Out of memory"):
+        causal_lm.train_on_batch(inputs, labels, weight)
+    for then, now in zip(before, causal_lm.backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(then, now)
+    assert causal_lm.optimizer.iterations == 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_weights(policy):
     """Random ones are equal; they go to the host and come back, from the host or the device."""
