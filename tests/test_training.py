@@ -941,3 +941,26 @@ def test_weights_that_are_mapped_from_a_file_learn_and_the_file_stays(dtype, tmp
 
 if __name__ == "__main__":
     keras_trains(sys.argv[1])
+
+
+BITS_OF_A_STEP = """
+import hashlib, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+import phi3_ref
+causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en", seed=0)
+causal_lm.compile(phi3_ref.AdamW(1e-3))
+ids = np.random.default_rng(0).integers(3, 200, (96, 37))
+for _ in range(2):
+    causal_lm.train_on_batch({"token_ids": ids[:, :-1]}, ids[:, 1:])
+print(hashlib.sha256(b"".join(w.tobytes() for w in causal_lm.backbone.get_weights())).hexdigest())
+"""
+
+
+def test_a_small_model_learns_the_same_with_any_number_of_threads():
+    """Its batch is cut by its size, not by the cores, and each piece is one thread's."""
+    root = str(pathlib.Path(phi3_ref.__file__).parent)
+    bits = {subprocess.run(
+        [sys.executable, "-c", BITS_OF_A_STEP, root], env=os.environ | {"OPENBLAS_NUM_THREADS": n},
+        capture_output=True, text=True, check=True).stdout for n in ("1", "2")}
+    assert len(bits) == 1
