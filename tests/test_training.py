@@ -939,10 +939,6 @@ def test_weights_that_are_mapped_from_a_file_learn_and_the_file_stays(dtype, tmp
     assert file.read_bytes() == before
 
 
-if __name__ == "__main__":
-    keras_trains(sys.argv[1])
-
-
 BITS_OF_A_STEP = """
 import hashlib, sys
 import numpy as np
@@ -964,3 +960,7 @@ def test_a_small_model_learns_the_same_with_any_number_of_threads():
         [sys.executable, "-c", BITS_OF_A_STEP, root], env=os.environ | {"OPENBLAS_NUM_THREADS": n},
         capture_output=True, text=True, check=True).stdout for n in ("1", "2")}
     assert len(bits) == 1
+
+
+if __name__ == "__main__":
+    keras_trains(sys.argv[1])
