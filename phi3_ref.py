@@ -2,7 +2,7 @@
 
 The first part is a story: the whole model, from token ids to logits and back from the loss to every
 gradient, as functions on plain arrays, most of them a few lines long, each derivative under its
-function. Nothing is hidden in a framework, and no file is opened in it. (Raw CUDA for three of
+function. Nothing is hidden in a framework, and no file is opened in it. (Raw CUDA for five of
 the functions stands in kernels_cuda.py.) The second part, the appendix, connects the model with the
 world: Keras's and Hugging Face's names and files, tokenizers, generation, training on texts,
 instruments to compare it with others, a command line. The model computes, and learns, what
@@ -1190,23 +1190,28 @@ def keras_variables(weights, config):
     yield "layers/phi3_layer_norm/vars/0", weights["sequence_output_layernorm"]
 
 
+def split(array, shares):
+    """Yield views of an array's rows, one after the other, in proportion to `shares`."""
+    rows = len(array) // sum(shares)
+    for share in shares:
+        yield array[: share * rows]
+        array = array[share * rows :]
+
+
 def unfused(tree, config):
     """Return {name: view} of a tree's arrays, as they are thought of: query, key, value, and so on.
 
     Tied embeddings are in it once.
     """
-    heads, kv_heads, views = config.num_query_heads, config.num_key_value_heads, {}
-    shares = {"qkv": {"query": heads, "key": kv_heads, "value": kv_heads},
-              "feedforward_gate_intermediate": {"feedforward_gate": 1,
-                                                "feedforward_intermediate": 1}}
+    H, K, views = config.num_query_heads, config.num_key_value_heads, {}
+    both = {"feedforward_gate": 1, "feedforward_intermediate": 1}
+    fused = {"qkv": {"query": H, "key": K, "value": K}, "feedforward_gate_intermediate": both}
     for name, array in named_weights(tree):
-        layer, _, fused = name.rpartition(".")
-        start, parts = 0, shares.get(fused, {})
-        for part, share in parts.items():
-            stop = start + share * len(array) // sum(parts.values())
-            views[f"{layer}.{part}"] = array[start:stop]
-            start = stop
-        if not parts and not (config.tie_word_embeddings and name == "reverse_embedding"):
+        layer, _, part = name.rpartition(".")
+        if part in fused:
+            names = [f"{layer}.{piece}" for piece in fused[part]]
+            views |= zip(names, split(array, fused[part].values()), strict=True)
+        elif not (config.tie_word_embeddings and name == "reverse_embedding"):
             views[name] = array
     return views
 
@@ -1251,10 +1256,8 @@ def split_tensors(name, array, config):
     for fused, parts, shares in (("qkv_proj", ("q_proj", "k_proj", "v_proj"), (H, K, K)),
                                  ("gate_up_proj", ("gate_proj", "up_proj"), (1, 1))):
         if fused in name:
-            rows = len(array) // sum(shares)
-            for part, share in zip(parts, shares, strict=True):
-                yield name.replace(fused, part), array[: share * rows]
-                array = array[share * rows :]
+            for part, view in zip(parts, split(array, shares), strict=True):
+                yield name.replace(fused, part), view
 
 
 def name_in_causal_lm(name):
