@@ -1463,6 +1463,152 @@ __global__ void __launch_bounds__(128) linear(
 }
 """
 
+# ---- SiLU ----------------------------------------------------------------------------------------
+
+SILU = HEADER + r"""
+// y = x s, where s = 1 / (1 + e^-x), and its derivative, x' = y' s (1 + x (1 - s)). Each thread has
+// N neighbouring elements; rows may be parts of longer ones, as the gate is of the fused product.
+//
+// In 16 bits, y takes 4 bytes per element (x read, y written), x' takes 6. Step by step, as NumPy
+// has it, with every intermediate in float32 written and read again, they were 48 and 102. The
+// limit is the memory's bandwidth.
+template <typename E, int N> __device__ __forceinline__
+Vector<E, N> silu_of(Vector<E, N> x) {
+    Vector<E, N> y;
+    UNROLLED for (int n = 0; n < N; n++) {
+        const float wide = to_float(x.element[n]);  // where e^-x is infinite, the limit: -0
+        y.element[n] = from_float<E>(wide / (1.0f + expf(-wide)));
+    }
+    return y;
+}
+
+template <typename E, int N>
+__global__ void __launch_bounds__(256) silu(
+    const E* __restrict__ x, E* __restrict__ y, long long x_row, int D) {
+    const int i = blockIdx.y * 256 + threadIdx.x;
+    const long long row = blockIdx.x;
+    if (i >= D / N) return;
+    reinterpret_cast<Vector<E, N>*>(y + row * D)[i] =
+        silu_of(reinterpret_cast<const Vector<E, N>*>(x + row * x_row)[i]);
+}
+
+template <typename E, int N>
+__global__ void __launch_bounds__(256) silu_backward(
+    const E* __restrict__ gradient, const E* __restrict__ x, E* __restrict__ d_x,
+    long long gradient_row, long long x_row, int D) {
+    const int i = blockIdx.y * 256 + threadIdx.x;
+    const long long row = blockIdx.x;
+    if (i >= D / N) return;
+    const auto d_y = reinterpret_cast<const Vector<E, N>*>(gradient + row * gradient_row)[i];
+    const auto held = reinterpret_cast<const Vector<E, N>*>(x + row * x_row)[i];
+    Vector<E, N> result;
+    UNROLLED for (int n = 0; n < N; n++) {
+        const float wide = to_float(held.element[n]), s = 1.0f / (1.0f + expf(-wide));
+        result.element[n] = from_float<E>(
+            to_float(d_y.element[n]) * (s * (1.0f + wide * (1.0f - s))));
+    }
+    reinterpret_cast<Vector<E, N>*>(d_x + row * D)[i] = result;
+}
+"""
+
+# ---- The embedding, backward ---------------------------------------------------------------------
+
+TOKEN_EMBEDDING_BACKWARD = HEADER + r"""
+// Row v of the table's gradient sums the rows of `gradient` at the positions where the id v stood.
+// `order` lists the positions by their ids, and those of one id from first to last: a run each.
+//
+//     ids[order]    0  0  0  0  0  0  0  0  0  7  9  9  9      run of 0, of 7, of 9
+//     block         0  .  .  .  .  .  .  .  .  9 10  .  .      . finds that it begins no run
+//     block 0: warp 0  1  2  3  4  5  6  7  0                  then the warps' sums, in order
+//
+// One block per position and 32 N columns. Only the block at the beginning of a run does anything:
+// its 8 warps take the run's positions in turn, so that a frequent id, such as that of padding, is
+// not one long chain: with the 12 blocks of 3072 columns in 16 bits, 4,096 equal ids are 96 warps,
+// that read 512 rows each, 16 bytes a lane, 4 rows at once. No two blocks write the same elements,
+// and each sum has one order.
+//
+// Bytes, for [4096, 3072] in 16 bits: 25 MB are read, at most 50 MB written; the table of 32,064
+// rows, 394 MB of zeros, is the most of it. The sorting is of 4,096 numbers.
+template <typename E, int N>
+__global__ void __launch_bounds__(256) token_embedding_backward(
+    const E* __restrict__ gradient, const long long* __restrict__ ids,
+    const long long* __restrict__ order, float* __restrict__ table, long long gradient_row,
+    int count, int D) {
+    constexpr int WARPS = 8, HELD = 4;
+    const int first = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int column = (blockIdx.y * 32 + lane) * N;
+    const long long id = ids[order[first]];
+    if (first > 0 && ids[order[first - 1]] == id) return;
+
+    float sum[N] = {};
+    bool more = true;
+    for (int i = first + warp; more; i += WARPS * HELD) {
+        Vector<E, N> held[HELD];
+        bool same[HELD];
+        UNROLLED for (int h = 0; h < HELD; h++) {
+            const int j = i + h * WARPS;
+            same[h] = j < count && ids[order[j]] == id;
+            if (same[h] && column < D)
+                held[h] = *reinterpret_cast<const Vector<E, N>*>(
+                    gradient + order[j] * gradient_row + column);
+        }
+        UNROLLED for (int h = 0; h < HELD; h++)
+            if (same[h] && column < D)
+                UNROLLED for (int n = 0; n < N; n++) sum[n] += to_float(held[h].element[n]);
+        more = same[HELD - 1];
+    }
+
+    __shared__ float sums[WARPS][N][32];
+    UNROLLED for (int n = 0; n < N; n++) sums[warp][n][lane] = sum[n];
+    __syncthreads();
+    if (warp > 0 || column >= D) return;
+    UNROLLED for (int n = 0; n < N; n++) {
+        float total = 0.0f;
+        UNROLLED for (int w = 0; w < WARPS; w++) total += sums[w][n][lane];
+        table[id * D + column + n] = total;
+    }
+}
+"""
+
+# ---- AdamW ---------------------------------------------------------------------------------------
+
+ADAM_STEP = HEADER + r"""
+// One step of AdamW with one array, of which each thread takes N neighbouring elements:
+//
+//     g = gradient factor    m += (1 - beta_1) (g - m)    v += (1 - beta_2) (g^2 - v)
+//     weight = weight decay - rate m / (sqrt(v) + epsilon)
+//
+// Per element, weight, gradient, m and v are read and all but the gradient written: 28 bytes, or 24
+// with weights in 16 bits. Step by step, as NumPy has it, every intermediate is written and read
+// again: 136 and 140 bytes, in 14 kernels. The limit is the memory's bandwidth.
+template <typename E, int N>
+__global__ void __launch_bounds__(256) adam_step(
+    E* __restrict__ weight, const float* __restrict__ gradient, float* __restrict__ m,
+    float* __restrict__ v, const float* __restrict__ factor, long long count, float decay,
+    float rate, float new_1, float new_2, float epsilon) {
+    const long long i = blockIdx.x * 256LL + threadIdx.x;
+    if (i >= count) return;
+    const auto weights = reinterpret_cast<Vector<E, N>*>(weight) + i;
+    const auto means = reinterpret_cast<Vector<float, N>*>(m) + i;
+    const auto squares = reinterpret_cast<Vector<float, N>*>(v) + i;
+    Vector<E, N> w = *weights;
+    Vector<float, N> mean = *means, square = *squares;
+    const auto given = reinterpret_cast<const Vector<float, N>*>(gradient)[i];
+    const float shrink = *factor;
+    UNROLLED for (int n = 0; n < N; n++) {
+        const float g = given.element[n] * shrink;
+        mean.element[n] += new_1 * (g - mean.element[n]);
+        square.element[n] += new_2 * (g * g - square.element[n]);
+        w.element[n] = from_float<E>(
+            to_float(w.element[n]) * decay
+            - rate * mean.element[n] / (sqrtf(square.element[n]) + epsilon));
+    }
+    *weights = w;
+    *means = mean;
+    *squares = square;
+}
+"""
+
 # ---- Compiling and launching ---------------------------------------------------------------------
 
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # NumPy's, CUDA's
@@ -1480,7 +1626,10 @@ def instances():
     """Return every (source, name expression) that the launchers can ask `load_kernel` for."""
     found = [(RMS_NORM_BACKWARD, "rms_norm_backward_scale")]
     for E in TYPES.values():
+        found += [(ADAM_STEP, f"adam_step<{E}, {N}>") for N in (1, 4)]
         for N in (1, 4 if E == "float" else 8):
+            found += [(SILU, f"{name}<{E}, {N}>") for name in ("silu", "silu_backward")]
+            found += [(TOKEN_EMBEDDING_BACKWARD, f"token_embedding_backward<{E}, {N}>")]
             found += [(RMS_NORM, f"rms_norm<{E}, {N}>")]
             found += [(RMS_NORM_BACKWARD, f"rms_norm_backward<{E}, {N}>")]
             found += [(LINEAR, f"linear<{E}, {N}, {rows}>") for rows in LINEAR_ROWS]
@@ -1600,13 +1749,18 @@ def check_array(name, array, shape, like=None):
             f"`{name}` must be contiguous in its last axis. Received: strides {array.strides}")
 
 
+def address(array):
+    """Return where in memory an array begins, an int."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
 def in_vectors(*arrays):
     """Say whether each array's rows, along its last axis, are whole 16-byte vectors, aligned."""
     def is_aligned(array):
-        start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-        return all(step % 16 == 0 for step in (start, array.shape[-1] * array.itemsize, *(
-            stride for stride, size in zip(array.strides[:-1], array.shape[:-1], strict=True)
-            if size > 1)))
+        return all(step % 16 == 0 for step in (
+            address(array), array.shape[-1] * array.itemsize, *(
+                stride for stride, size in zip(array.strides[:-1], array.shape[:-1], strict=True)
+                if size > 1)))
     return all(map(is_aligned, arrays))
 
 
@@ -1836,6 +1990,144 @@ def linear(x, weight):
                 rows, weight, y, *(np.int64(a.strides[0] // x.itemsize) for a in (rows, weight)),
                 *map(np.int32, (len(rows), size, out))))
     return y.reshape(*x.shape[:-1], out)
+
+
+def transposed_matmul(x, y):
+    """Multiply two matrices of 16 bits as `x.T @ y`, summed by the tensor cores, in float32.
+
+    CuPy's own product rounds to 16 bits; cuBLAS, which it calls, need not.
+
+    Args:
+        x: [n, M], float16 or bfloat16, on the GPU.
+        y: [n, N], in the dtype of `x`.
+
+    Returns:
+        [M, N], float32.
+
+    Source: https://docs.nvidia.com/cuda/cublas, cublasGemmEx.
+    """
+    check_array("x", x, (None, None))
+    (n, M), N = x.shape, y.shape[-1]
+    check_array("y", y, (n, N), like=x)
+    if 0 in (n, M, N):
+        return array_module.zeros((M, N), np.float32)
+    require(x.itemsize == 2, f"`x` must be of 16 bits. Received: {x.dtype}")
+    x, y = map(array_module.ascontiguousarray, (x, y))
+    product = array_module.empty((M, N), np.float32)
+    cuda, numbers = array_module.cuda, np.array([1, 0], np.float32)
+    runtime, cublas = cuda.runtime, cuda.cublas
+    dtype = runtime.CUDA_R_16F if x.dtype == np.float16 else runtime.CUDA_R_16BF
+    # To cuBLAS, which reads by columns, every matrix of ours is its transpose. It is to write the
+    # product's, y^T x, [N, M]: y^T is what it sees of y, x what it sees of x transposed.
+    cublas.gemmEx(
+        cuda.device.get_cublas_handle(), cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T, N, M, n,
+        address(numbers), address(y), dtype, N, address(x), dtype, M,
+        address(numbers[1:]), address(product), runtime.CUDA_R_32F, N,
+        cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
+    return product
+
+
+def silu(x):
+    """Return `x * sigmoid(x)`: phi3_ref's `silu`.
+
+    Args:
+        x: [..., F], float32, float16 or bfloat16, on the GPU.
+
+    Returns:
+        Like `x`, contiguous; computed in float32, rounded once.
+    """
+    return by_rows("silu", x)
+
+
+def silu_backward(gradient, x):
+    """Return the gradient of `silu`'s x: phi3_ref's `silu_backward`.
+
+    Args:
+        gradient: [..., F], in the dtype of `x`; that of the result.
+        x: [..., F], float32, float16 or bfloat16, on the GPU.
+
+    Returns:
+        Like `x`, contiguous; computed in float32, rounded once.
+    """
+    return by_rows("silu_backward", gradient, x)
+
+
+def by_rows(name, *arrays):
+    """Launch a kernel of SILU's: rows of the arrays, and of a new one like them."""
+    *_, x = arrays
+    check_array("x", x, (None,) * max(1, getattr(x, "ndim", 1)))
+    check_array("gradient", arrays[0], x.shape, like=x)
+    result, D = array_module.empty(x.shape, x.dtype), x.shape[-1]
+    if x.size:
+        rows = [array.reshape(-1, D) for array in arrays]  # as in `rms_norm`
+        N = 16 // x.itemsize if in_vectors(*rows) else 1
+        load_kernel(SILU, f"{name}<{TYPES[x.dtype.name]}, {N}>")(
+            (len(rows[0]), divide_up(D, 256 * N)), (256,), (
+                *rows, result, *(np.int64(a.strides[0] // x.itemsize) for a in rows), np.int32(D)))
+    return result
+
+
+def token_embedding_backward(gradient, token_ids, vocabulary_size):
+    """Return the gradient of the table of embeddings: phi3_ref's `token_embedding_backward`.
+
+    Args:
+        gradient: [..., D], float32, float16 or bfloat16, on the GPU.
+        token_ids: [...], int in [0, vocabulary_size), on the GPU.
+        vocabulary_size: int, V.
+
+    Returns:
+        [V, D], float32: row v sums `gradient` over where the id v stood.
+    """
+    check_array("gradient", gradient, (None,) * max(1, getattr(gradient, "ndim", 1)))
+    D = gradient.shape[-1]
+    require(token_ids.shape == gradient.shape[:-1] and token_ids.dtype.kind in "iu",
+            f"`token_ids` must be integers of shape {gradient.shape[:-1]}. Received: "
+            f"{token_ids.dtype} of shape {token_ids.shape}")
+    table = array_module.zeros((vocabulary_size, D), np.float32)
+    if gradient.size:
+        rows = gradient.reshape(-1, D)
+        ids = token_ids.reshape(-1).astype(np.int64, copy=False)
+        order = array_module.argsort(ids, kind="stable")
+        N = 16 // gradient.itemsize if in_vectors(rows) else 1
+        name = f"token_embedding_backward<{TYPES[gradient.dtype.name]}, {N}>"
+        load_kernel(TOKEN_EMBEDDING_BACKWARD, name)(
+            (len(rows), divide_up(D, 32 * N)), (256,), (
+                rows, ids, order, table, np.int64(rows.strides[0] // gradient.itemsize),
+                *map(np.int32, (len(rows), D))))
+    return table
+
+
+def adam_step(weight, gradient, m, v, factor, decay, rate, beta_1, beta_2, epsilon):
+    """Take a step of `AdamW` with one array, in place: the lines at the end of its `update`.
+
+    Args:
+        weight: of any shape, float32, float16 or bfloat16, on the GPU, contiguous.
+        gradient: like `weight`, float32, and so for the running means `m` and `v`.
+        factor: float, or a float32 array on the GPU without axes: what the gradient is cut by.
+        decay: float, what remains of the weight; 1 without weight decay.
+        rate: float, the learning rate, corrected for the means' beginning.
+        beta_1: float, how much m keeps of itself, and so for `beta_2` and v.
+        epsilon: float, beside the root of v.
+    """
+    check_array("weight", weight, (None,) * max(1, getattr(weight, "ndim", 1)))
+    if not isinstance(factor, array_module.ndarray):
+        factor = array_module.full((), factor, np.float32)
+    check_array("gradient", gradient, weight.shape)
+    require(gradient.dtype == np.float32,
+            f"`gradient` must be of dtype float32. Received: {gradient.dtype}")
+    for name, array, shape in (("m", m, weight.shape), ("v", v, weight.shape),
+                               ("factor", factor.reshape(-1), (1,))):
+        check_array(name, array, shape, like=gradient)
+    arrays = weight, gradient, m, v
+    require(all(array.flags.c_contiguous for array in arrays),
+            "`weight`, `gradient`, `m` and `v` must be contiguous.")
+    if weight.size:
+        arrays = [array.reshape(-1) for array in arrays]
+        N = 4 if in_vectors(*arrays) else 1
+        count = weight.size // N
+        load_kernel(ADAM_STEP, f"adam_step<{TYPES[weight.dtype.name]}, {N}>")(
+            (divide_up(count, 256),), (256,), (*arrays, factor, np.int64(count), *map(
+                np.float32, (decay, rate, 1 - beta_1, 1 - beta_2, epsilon))))
 
 
 def capture(function):

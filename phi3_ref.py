@@ -103,12 +103,28 @@ def upcast(x):
     return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
 
-def matmul(a, b):
-    """Return `a @ b`, summed as `upcast` says and rounded once to the dtype of `a`.
+def has_kernel(x):
+    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, less those in float64."""
+    return get_array_module(x) is not np and x.dtype != np.float64
 
-    NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one.
+
+def kernels():
+    """Return `kernels_cuda`, imported when first needed."""
+    import kernels_cuda
+
+    return kernels_cuda
+
+
+def matmul(a, b, wide=False):
+    """Return `a @ b`, summed as `upcast` says and, unless `wide`, rounded to the dtype of `a`.
+
+    NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one. Two
+    matrices of 16 bits, though, a GPU's tensor cores multiply fastest, and sum in float32.
     """
-    return (upcast(a) @ upcast(b)).astype(a.dtype, copy=False)
+    if has_kernel(a) and a.dtype == b.dtype and a.dtype.itemsize == a.ndim == b.ndim == 2:
+        return kernels().transposed_matmul(a.T, b) if wide else a @ b
+    product = upcast(a) @ upcast(b)
+    return product if wide else product.astype(a.dtype, copy=False)
 
 
 # ---- The configuration ---------------------------------------------------------------------------
@@ -261,7 +277,7 @@ def linear_backward(gradient, x, weight):
     has used the same W_ij, with its own x_j: W'_ij = sum_n y'_ni x_nj.
     """
     rows, d_y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))  # [n, in], [n, out]
-    return matmul(d_y, weight).reshape(x.shape), upcast(d_y).T @ upcast(rows)
+    return matmul(d_y, weight).reshape(x.shape), matmul(d_y.T, rows, wide=True)
 
 
 def textbook_rms_norm(x, scale, epsilon):
@@ -485,6 +501,8 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
 
 def silu(x):
     """Return `x * sigmoid(x)`, rounded once; any shape."""
+    if has_kernel(x):
+        return kernels().silu(x)
     wide_x, xp = upcast(x), get_array_module(x)
     y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x)): twice as fast
     with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
@@ -498,6 +516,8 @@ def silu_backward(gradient, x):
 
     Of y = x s, where s = 1 / (1 + e^(-x)) and ds/dx = s (1 - s): x' = y' s (1 + x (1 - s)).
     """
+    if has_kernel(x) and gradient.dtype == x.dtype:  # which a tap can change
+        return kernels().silu_backward(gradient, x)
     wide_x, xp = upcast(x), get_array_module(x)
     s = -wide_x
     with np.errstate(over="ignore"):
@@ -739,11 +759,13 @@ def token_embedding(weights, config, token_ids):
 
 def token_embedding_backward(gradient, token_ids, vocabulary_size):
     """Return the gradient of the table, [V, D]; row v sums `gradient` over where the id v stood."""
+    if has_kernel(gradient):
+        return kernels().token_embedding_backward(gradient, token_ids, vocabulary_size)
     xp, rows = get_array_module(gradient), upcast(gradient).reshape(-1, gradient.shape[-1])
-    ids, which = xp.unique(token_ids, return_inverse=True)
-    occurrences = xp.arange(len(ids))[:, None] == which.reshape(-1)  # [distinct ids, B * S]
+    ids = xp.unique(token_ids)
+    occurrences = ids[:, None] == token_ids.reshape(-1)  # [distinct ids, B * S]
     table = xp.zeros((vocabulary_size, rows.shape[-1]), rows.dtype)
-    table[ids] = occurrences.astype(rows.dtype) @ rows  # a sum in a fixed order, on a GPU, too
+    table[ids] = occurrences.astype(rows.dtype) @ rows
     return table
 
 
@@ -957,18 +979,23 @@ class AdamW:
         corrected = rate * math.sqrt(corrections[1]) / corrections[0]
         decay = 1 - rate * (self.weight_decay or 0)
         clip = self.clipnorm or self.global_clipnorm
-        if clip:
-            squares = {name: (g * g).sum() for name, g in gradients.items()}
-        if clip and self.global_clipnorm:
+        squares = {name: (g * g).sum() for name, g in gradients.items()} if clip else {}
+        if self.global_clipnorm:
             squares = dict.fromkeys(squares, sum(squares.values()))
         for name, weight in weights.items():
-            xp, g = get_array_module(weight), gradients[name]
-            if clip:
-                g = g * (clip / xp.maximum(xp.sqrt(squares[name]), clip))
-            m, v = self.moments[name]
-            m += (1 - self.beta_1) * (g - m)
-            v += (1 - self.beta_2) * (g * g - v)
-            weight[...] = upcast(weight) * decay - corrected * m / (v**0.5 + self.epsilon)
+            xp, g, (m, v) = get_array_module(weight), gradients[name], self.moments[name]
+            factor = clip / xp.maximum(xp.sqrt(squares[name]), clip) if clip else 1
+            if has_kernel(g):
+                kernels().adam_step(weight, g, m, v, factor, decay, corrected, self.beta_1,
+                                    self.beta_2, self.epsilon)
+                continue
+            arrays, size = (weight, g, m, v), max(1, 2**15 * len(weight) // weight.size)
+            for start in range(0, len(weight), size):  # so few rows at once that they stay in cache
+                w, g, m, v = (array[start : start + size] for array in arrays)
+                g = g * factor
+                m += (1 - self.beta_1) * (g - m)
+                v += (1 - self.beta_2) * (g * g - v)
+                w[...] = upcast(w) * decay - corrected * m / (v**0.5 + self.epsilon)
 
 
 # ---- The same, faster ----------------------------------------------------------------------------
@@ -977,23 +1004,12 @@ class AdamW:
 MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding step's
 
 
-def has_kernel(x):
-    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, less those in float64."""
-    return get_array_module(x) is not np and x.dtype != np.float64
-
-
 def linear(x, weight):
-    """Compute `textbook_linear` as fast as the hardware and its libraries multiply.
-
-    (The rows of `weight` are outputs because Hugging Face's files hold it so; for one position,
-    which is decoding, either layout streams through memory equally fast.)
-    """
+    """Compute `textbook_linear` as fast as the hardware and its libraries multiply."""
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
     narrow, few = x.dtype.itemsize == 2, len(rows) < 128
-    if has_kernel(x) and len(rows) <= MOST_ROWS_OF_KERNEL:
-        import kernels_cuda
-
-        product = kernels_cuda.linear(rows, weight)
+    if has_kernel(x) and len(rows) <= MOST_ROWS_OF_KERNEL and weight.flags.c_contiguous:
+        product = kernels().linear(rows, weight)
     elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
         product = rows @ weight.T  # in 16 bits on a GPU only, whose tensor cores sum in float32
     else:
@@ -1012,18 +1028,14 @@ def rms_norm(x, scale, epsilon):
     """Compute `textbook_rms_norm`, on a GPU in one pass over memory."""
     check_rms_norm(x, scale)
     if has_kernel(x):
-        import kernels_cuda
-
-        return kernels_cuda.rms_norm(x, scale, epsilon)
+        return kernels().rms_norm(x, scale, epsilon)
     return textbook_rms_norm(x, scale, epsilon)
 
 
 def rms_norm_backward(gradient, x, scale, epsilon):
     """Compute `textbook_rms_norm_backward`, on a GPU in one pass over memory."""
     if has_kernel(x) and gradient.dtype == x.dtype:  # which a tap can change
-        import kernels_cuda
-
-        return kernels_cuda.rms_norm_backward(gradient, x, scale, epsilon)
+        return kernels().rms_norm_backward(gradient, x, scale, epsilon)
     return textbook_rms_norm_backward(gradient, x, scale, epsilon)
 
 
@@ -1539,6 +1551,12 @@ def warn_of_length(config, start, end):
 def to_numpy(array):
     """Return `array` in the host's memory, as a NumPy array."""
     return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def to_floats(*numbers):
+    """Return numbers, arrays without axes, as floats; from a GPU in one copy, waiting once."""
+    xp = get_array_module(numbers[0])
+    return to_numpy(xp.stack([xp.asarray(number, np.float64) for number in numbers])).tolist()
 
 
 def to_array(name, value):
@@ -2903,7 +2921,7 @@ class Phi3CausalLM:
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
 
     def learn(self, x, y, sample_weight, training, tap=no_tap, gradient_tap=no_tap):
-        """Return loss, accuracy and gradients of a batch that `labelled` returned."""
+        """Return loss, accuracy and gradients, on the device, of a batch from `labelled`."""
         backbone, xp, looks = self.backbone, self.backbone.xp, (tap, gradient_tap)
         ids, mask = x["token_ids"], None if x["padding_mask"].all() else x["padding_mask"]
         warn_of_length(backbone.config, 0, y.shape[1])
@@ -2934,14 +2952,14 @@ class Phi3CausalLM:
             pieces = [slice(0, len(y))]
             with memory_for(f"the gradients of {y.size:,} positions", xp):
                 parts = [compute(pieces[0])]
-        loss, gradients = float(sum(part[0] for part in parts)), parts[0][2]
+        loss, gradients = sum(part[0] for part in parts), parts[0][2]
         for _, _, part in parts[1:]:
             for view, other in zip(unfused(gradients, backbone.config).values(),
                                    unfused(part, backbone.config).values(), strict=True):
                 view += other
-        right = sum(float(part[1]) * weight[rows].sum()
+        right = sum(part[1] * float(weight[rows].sum())
                     for part, rows in zip(parts, pieces, strict=True))
-        return loss, float(right / max(weight.sum(), 1e-7)), gradients
+        return loss, right / max(float(weight.sum()), 1e-7), gradients
 
     def gradients(self, x, y=None, sample_weight=None, training=True, tap=None, gradient_tap=None):
         """Return the loss of a batch, and by how much each weight would change it.
@@ -2966,7 +2984,7 @@ class Phi3CausalLM:
                 "A tap sees each array once: compile with recompute=False.")
         batch = self.labelled(x, y, sample_weight)
         loss, _, gradients = self.learn(*batch, training, check_tap(tap), check_tap(gradient_tap))
-        return loss, gradients
+        return *to_floats(loss), gradients
 
     @np.errstate(all="ignore")  # what is not finite is one error, below
     def train_on_batch(self, x, y=None, sample_weight=None):
@@ -2987,7 +3005,9 @@ class Phi3CausalLM:
         batch, weights = self.labelled(x, y, sample_weight), unfused(self.backbone.weights, config)
         loss, accuracy, gradients = self.learn(*batch, training=True)
         gradients = unfused(gradients, config)
-        if not math.isfinite(loss + float(sum(xp.vdot(g, g) for g in gradients.values()))):
+        squares = sum(xp.vdot(g, g) for g in gradients.values())
+        loss, accuracy, squares = to_floats(loss, accuracy, squares)
+        if not math.isfinite(loss + squares):
             self.find_not_finite(batch, loss)
         if not self.backbone.trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
@@ -3083,7 +3103,7 @@ class Phi3CausalLM:
             if sample_weight is not None:
                 sample_weight = xp.asarray(sample_weight, np.float64)
             loss, _ = cross_entropy(logits, y, sample_weight)
-            return float(loss), float(sparse_categorical_accuracy(logits, y, sample_weight))
+            return to_floats(loss, sparse_categorical_accuracy(logits, y, sample_weight))
 
         require_int("batch_size", batch_size)
         batches = self.batches(x, y, sample_weight, batch_size)

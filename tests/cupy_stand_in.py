@@ -148,7 +148,7 @@ for name in ("all", "any", "argmax", "astype", "copy", "cumsum", "max", "mean", 
 ndarray.T = property(ndarray.transpose)
 
 for name in ("arange", "broadcast_to", "concatenate", "cos", "divide", "empty_like", "exp",
-             "full", "isfinite", "log", "maximum", "moveaxis", "ones", "sin", "sqrt",
+             "full", "isfinite", "log", "maximum", "moveaxis", "ones", "sin", "sqrt", "stack",
              "take_along_axis", "vdot", "zeros_like"):
     globals()[name] = on_device(getattr(np, name))
 

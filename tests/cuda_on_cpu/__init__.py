@@ -37,6 +37,7 @@ import tempfile
 import types
 import weakref
 
+import ml_dtypes
 import numpy as np
 
 import kernels_cuda
@@ -259,8 +260,74 @@ class Memory:
                 states[written] = READY
 
 
+addresses = {}  # that a launcher has asked for, and the arrays that begin there
+
+
+def address(array):
+    """Return where an array begins, and remember whose address it is."""
+    addresses[array.ctypes.data] = array
+    return array.ctypes.data
+
+
+# cuBLAS's numbers, other than each other so that they cannot be mistaken.
+CUBLAS = types.SimpleNamespace(CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68,
+                               CUBLAS_GEMM_DEFAULT=-1)
+RUNTIME = types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14)
+CUDA_DTYPES = {0: np.dtype(np.float32), 2: np.dtype(np.float16), 14: np.dtype(ml_dtypes.bfloat16)}
+
+
+def matrix_by_columns(start, rows, columns, leading, cuda_type, name):
+    """Return the array that begins at an address, and where in it the matrix's elements lie.
+
+    Element (i, j) is the one i + j * leading from the start. KernelError if one is not the array's.
+    """
+    dtype = CUDA_DTYPES[cuda_type]
+    array = addresses.get(start)
+    if array is None or array.dtype != dtype:
+        raise KernelError(f"gemmEx: {name} is no array of {dtype}: {getattr(array, 'dtype', None)}")
+    if leading < max(1, rows):
+        raise KernelError(f"gemmEx: {name} has {rows} rows, but a leading dimension of {leading}")
+    wanted = np.arange(rows)[:, None] + np.arange(columns) * leading
+    own = sum(np.ogrid[tuple(map(slice, array.shape))][axis] * (stride // array.itemsize)
+              for axis, stride in enumerate(array.strides))
+    own = np.broadcast_to(own, array.shape).reshape(-1)
+    if not np.isin(wanted, own).all():
+        raise KernelError(f"gemmEx: {name} of [{rows}, {columns}], {leading} apart, leaves its "
+                          f"array, of shape {array.shape}")
+    return array, np.lib.stride_tricks.as_strided(
+        array, (rows, columns), (array.itemsize, leading * array.itemsize))
+
+
+def gemm_ex(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type,
+            ldc, compute, algorithm):
+    """What NVIDIA says of cublasGemmEx: C = alpha op(A) op(B) + beta C, matrices by columns.
+
+    op(A) is [m, k], op(B) [k, n], C [m, n]; with CUBLAS_OP_N, op(A) is A, with CUBLAS_OP_T its
+    transpose. alpha and beta lie on the host, in float32, as `compute` is.
+    https://docs.nvidia.com/cuda/cublas/#cublasgemmex
+    """
+    supported = {(2, 2, 0), (14, 14, 0), (2, 2, 2), (14, 14, 14), (0, 0, 0)}
+    if (handle, compute, algorithm) != ("handle", 68, -1) or (
+            a_type, b_type, c_type) not in supported:
+        raise KernelError(f"gemmEx: types {a_type, b_type, c_type}, compute {compute}")
+    factors = [addresses[pointer].reshape(-1)[0] for pointer in (alpha, beta)]
+    if any(factor.dtype != np.float32 for factor in factors):
+        raise KernelError("gemmEx: alpha and beta must be float32")
+    operands = []
+    for name, op, start, dtype, leading, shape in (("A", op_a, a, a_type, lda, (m, k)),
+                                                   ("B", op_b, b, b_type, ldb, (k, n))):
+        _, matrix = matrix_by_columns(start, *shape[:: -1 if op else 1], leading, dtype, name)
+        operands.append((matrix.T if op else matrix).astype(np.float32))
+    array, result = matrix_by_columns(c, m, n, ldc, c_type, "C")
+    product = factors[0] * (operands[0] @ operands[1])
+    result[...] = product if factors[1] == 0 else product + factors[1] * result
+    states = states_of(array)
+    if states.ndim:
+        states[...] = READY
+
+
 class ArrayModule(types.ModuleType):
-    """NumPy, but for `empty`."""
+    """NumPy, but for `empty` and the product of cuBLAS."""
 
     def __getattr__(self, name):
         return getattr(np, name)
@@ -268,6 +335,10 @@ class ArrayModule(types.ModuleType):
 
 array_module = ArrayModule("numpy")
 array_module.empty = empty
+array_module.cuda = types.SimpleNamespace(
+    runtime=RUNTIME, cublas=CUBLAS, device=types.SimpleNamespace(
+        get_cublas_handle=lambda: "handle"))
+CUBLAS.gemmEx = gemm_ex
 
 
 @contextlib.contextmanager
@@ -298,7 +369,7 @@ def emulate(capability=90, multiprocessors=4, reverse=False, edit=None, traffic=
                 traffic.append(kernel.traffic)
         return launch
 
-    replaced = {"load_kernel": load_kernel, "array_module": array_module,
+    replaced = {"load_kernel": load_kernel, "array_module": array_module, "address": address,
                 "gpu_limits": lambda: (capability, multiprocessors, MOST_SHARED_MEMORY)}
     saved = {name: getattr(kernels_cuda, name) for name in replaced}
     vars(kernels_cuda).update(replaced)
@@ -306,3 +377,4 @@ def emulate(capability=90, multiprocessors=4, reverse=False, edit=None, traffic=
         yield launches
     finally:
         vars(kernels_cuda).update(saved)
+        addresses.clear()
