@@ -2,11 +2,10 @@
 
 The first part is a story: the whole model, from token ids to logits and back from the loss to every
 gradient, as functions on plain arrays, most of them a few lines long, each derivative under its
-function. Nothing is hidden in a framework, and no file is opened in it. (Raw CUDA for five of
-the functions stands in kernels_cuda.py.) The second part, the appendix, connects the model with the
-world: Keras's and Hugging Face's names and files, tokenizers, generation, training on texts,
-instruments to compare it with others, a command line. The model computes, and learns, what
-KerasHub's `Phi3Backbone` does.
+function. Nothing is hidden in a framework, and no file is opened in it; kernels_cuda.py has raw
+CUDA for what a GPU can do faster. The second part, the appendix, connects the model with the world:
+Keras's and Hugging Face's names and files, tokenizers, generation, training on texts, instruments
+to compare it with others, a command line. The model computes what KerasHub's `Phi3Backbone` does.
 
 Legend. Shape comments use these letters; small s, t and k are a block's share of S, T and K:
 
@@ -103,13 +102,10 @@ def upcast(x):
     return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
 
-def has_kernel(x):
-    """Say whether `kernels_cuda` computes on arrays like `x`: CuPy's, less those in float64."""
-    return get_array_module(x) is not np and x.dtype != np.float64
-
-
-def kernels():
-    """Return `kernels_cuda`, imported when first needed."""
+def kernels_for(x):
+    """Return `kernels_cuda` if it computes on arrays like `x`, CuPy's but in float64; else None."""
+    if get_array_module(x) is np or x.dtype == np.float64:
+        return None
     import kernels_cuda
 
     return kernels_cuda
@@ -121,8 +117,9 @@ def matmul(a, b, wide=False):
     NumPy has no bfloat16 product and only a slow float16 one; CuPy has no batched bfloat16 one. Two
     matrices of 16 bits, though, a GPU's tensor cores multiply fastest, and sum in float32.
     """
-    if has_kernel(a) and a.dtype == b.dtype and a.dtype.itemsize == a.ndim == b.ndim == 2:
-        return kernels().transposed_matmul(a.T, b) if wide else a @ b
+    kernels = kernels_for(a)
+    if kernels and a.dtype == b.dtype and a.dtype.itemsize == a.ndim == b.ndim == 2:
+        return kernels.transposed_matmul(a.T, b) if wide else a @ b
     product = upcast(a) @ upcast(b)
     return product if wide else product.astype(a.dtype, copy=False)
 
@@ -501,8 +498,8 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
 
 def silu(x):
     """Return `x * sigmoid(x)`, rounded once; any shape."""
-    if has_kernel(x):
-        return kernels().silu(x)
+    if kernels := kernels_for(x):
+        return kernels.silu(x)
     wide_x, xp = upcast(x), get_array_module(x)
     y = -wide_x  # then, in place, exp(-x), 1 + exp(-x) and x / (1 + exp(-x)): twice as fast
     with np.errstate(over="ignore"):  # where exp(-x) is inf, the quotient is -0: the limit
@@ -516,8 +513,8 @@ def silu_backward(gradient, x):
 
     Of y = x s, where s = 1 / (1 + e^(-x)) and ds/dx = s (1 - s): x' = y' s (1 + x (1 - s)).
     """
-    if has_kernel(x) and gradient.dtype == x.dtype:  # which a tap can change
-        return kernels().silu_backward(gradient, x)
+    if gradient.dtype == x.dtype and (kernels := kernels_for(x)):  # a tap can change the dtype
+        return kernels.silu_backward(gradient, x)
     wide_x, xp = upcast(x), get_array_module(x)
     s = -wide_x
     with np.errstate(over="ignore"):
@@ -759,8 +756,8 @@ def token_embedding(weights, config, token_ids):
 
 def token_embedding_backward(gradient, token_ids, vocabulary_size):
     """Return the gradient of the table, [V, D]; row v sums `gradient` over where the id v stood."""
-    if has_kernel(gradient):
-        return kernels().token_embedding_backward(gradient, token_ids, vocabulary_size)
+    if kernels := kernels_for(gradient):
+        return kernels.token_embedding_backward(gradient, token_ids, vocabulary_size)
     xp, rows = get_array_module(gradient), upcast(gradient).reshape(-1, gradient.shape[-1])
     ids = xp.unique(token_ids)
     occurrences = ids[:, None] == token_ids.reshape(-1)  # [distinct ids, B * S]
@@ -885,11 +882,11 @@ def cross_entropy(logits, labels, sample_weight=None):
 
     Source: Keras's `SparseCategoricalCrossentropy(from_logits=True)`.
     """
-    xp, N, wide = get_array_module(logits), labels.size, upcast(logits)
+    xp, N, rows = get_array_module(logits), labels.size, logits.reshape(labels.size, -1)
+    x = rows - upcast(rows).max(axis=-1, keepdims=True)  # see `softmax`; wide in any policy
     share = xp.ones(N) if sample_weight is None else sample_weight
-    share = share.astype(wide.dtype).reshape(N, 1) / N  # w / N
+    share = share.astype(x.dtype).reshape(N, 1) / N  # w / N
     own = xp.arange(N), labels.reshape(N)  # each position's label
-    x = wide.reshape(N, -1) - wide.reshape(N, -1).max(axis=-1, keepdims=True)  # see `softmax`
     of_label = x[own]
     xp.exp(x, out=x)
     total = x.sum(axis=-1, keepdims=True)  # [N, 1]
@@ -985,9 +982,9 @@ class AdamW:
         for name, weight in weights.items():
             xp, g, (m, v) = get_array_module(weight), gradients[name], self.moments[name]
             factor = clip / xp.maximum(xp.sqrt(squares[name]), clip) if clip else 1
-            if has_kernel(g):
-                kernels().adam_step(weight, g, m, v, factor, decay, corrected, self.beta_1,
-                                    self.beta_2, self.epsilon)
+            if kernels := kernels_for(g):
+                kernels.adam_step(weight, g, m, v, factor, decay, corrected, self.beta_1,
+                                  self.beta_2, self.epsilon)
                 continue
             arrays, size = (weight, g, m, v), max(1, 2**15 * len(weight) // weight.size)
             for start in range(0, len(weight), size):  # so few rows at once that they stay in cache
@@ -1008,8 +1005,9 @@ def linear(x, weight):
     """Compute `textbook_linear` as fast as the hardware and its libraries multiply."""
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
     narrow, few = x.dtype.itemsize == 2, len(rows) < 128
-    if has_kernel(x) and len(rows) <= MOST_ROWS_OF_KERNEL and weight.flags.c_contiguous:
-        product = kernels().linear(rows, weight)
+    if len(rows) <= MOST_ROWS_OF_KERNEL and weight.flags.c_contiguous and (
+            kernels := kernels_for(x)):
+        product = kernels.linear(rows, weight)
     elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
         product = rows @ weight.T  # in 16 bits on a GPU only, whose tensor cores sum in float32
     else:
@@ -1027,15 +1025,15 @@ def linear(x, weight):
 def rms_norm(x, scale, epsilon):
     """Compute `textbook_rms_norm`, on a GPU in one pass over memory."""
     check_rms_norm(x, scale)
-    if has_kernel(x):
-        return kernels().rms_norm(x, scale, epsilon)
+    if kernels := kernels_for(x):
+        return kernels.rms_norm(x, scale, epsilon)
     return textbook_rms_norm(x, scale, epsilon)
 
 
 def rms_norm_backward(gradient, x, scale, epsilon):
     """Compute `textbook_rms_norm_backward`, on a GPU in one pass over memory."""
-    if has_kernel(x) and gradient.dtype == x.dtype:  # which a tap can change
-        return kernels().rms_norm_backward(gradient, x, scale, epsilon)
+    if gradient.dtype == x.dtype and (kernels := kernels_for(x)):  # a tap can change the dtype
+        return kernels.rms_norm_backward(gradient, x, scale, epsilon)
     return textbook_rms_norm_backward(gradient, x, scale, epsilon)
 
 
@@ -1103,10 +1101,8 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     check_attention(query, key, value, padding_mask, sliding_window)
     if tap is not no_tap:
         return textbook_attention(query, key, value, padding_mask, sliding_window, tap)
-    if has_kernel(query):
-        import kernels_cuda
-
-        return kernels_cuda.attention(query, key, value, padding_mask, sliding_window)
+    if kernels := kernels_for(query):
+        return kernels.attention(query, key, value, padding_mask, sliding_window)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query = query.reshape(B, S, K, H // K, C)
     context = xp.empty_like(query)
@@ -1131,11 +1127,8 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
     if tap is not no_tap or probabilities is not None:
         return textbook_attention_backward(gradient, query, key, value, padding_mask,
                                            sliding_window, tap, probabilities)
-    if has_kernel(query):
-        import kernels_cuda
-
-        return kernels_cuda.attention_backward(gradient, query, key, value, padding_mask,
-                                               sliding_window)
+    if kernels := kernels_for(query):
+        return kernels.attention_backward(gradient, query, key, value, padding_mask, sliding_window)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query, gradient = (x.reshape(B, S, K, H // K, C) for x in (query, gradient))
     d_query = xp.empty_like(query)
@@ -2835,12 +2828,11 @@ class Phi3CausalLM:
         starts = range(cache.length, index, chunk)
         for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
             new_ids = xp.asarray(token_ids[:, start : min(start + chunk, index)])  # [B, S]
-            by_graph = (has_kernel(cache.arrays) and config.fused and tap is no_tap
+            kernels = kernels_for(cache.arrays)
+            by_graph = (kernels and config.fused and tap is no_tap
                         and new_ids.shape[1] == 1 and len(new_ids) <= MOST_ROWS_OF_KERNEL)
             if by_graph:
-                import kernels_cuda
-
-                hidden_states = kernels_cuda.decode_by_graph(
+                hidden_states = kernels.decode_by_graph(
                     forward, weights, config, new_ids, cache, index)
             else:
                 hidden_states = forward(weights, config, new_ids, cache=cache, total=index, tap=tap)

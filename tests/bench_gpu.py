@@ -1,4 +1,4 @@
-"""Times the CUDA kernels and the whole model: `python tests/bench_gpu.py`, `--quick` for less.
+"""Times the kernels, a training step, the whole model: `python tests/bench_gpu.py [--quick]`.
 
 Prints one markdown table: what was measured, our rate, the hardware's limit (measured first, in the
 same run), the same work done by others, and the target. Every result, ours and theirs, is compared
@@ -8,7 +8,9 @@ held NaN: a wrong one prints WRONG and the exit code is 1. Without a GPU it is 2
 How it is timed. The calls of one measurement take turns on several sets of random inputs, together
 much larger than the GPU's L2 cache, and are recorded as one CUDA graph, so that Python's time is
 not in it. CUDA events stand before and after each replay; the median of many counts, divided by the
-number of calls. The whole model is timed as its users call it, through `generate`.
+number of calls. The whole model is timed as its users call it, through `generate`, and a training
+step through `train_on_batch`. A measurement has fewer repeats the longer it takes, and the fewest
+once seven minutes have passed, so that the table is whole within ten; a row that fails says why.
 """
 
 import argparse
@@ -21,6 +23,9 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
+import types
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +52,8 @@ MODEL_TOLERANCE = 0.1  # 32 layers of roundings to 8 bits; a wrong layer gives a
 HEADS = [(32, 32, 96), (32, 32, 128), (40, 10, 96), (40, 10, 128)]  # H, K, C
 PHI3_MINI = dict(vocabulary_size=32064, num_layers=32, hidden_dim=3072, intermediate_dim=8192,
                  num_query_heads=32, num_key_value_heads=32, layer_norm_epsilon=1e-5)
+TWO_LAYERS = dict(PHI3_MINI, num_layers=2)
+SECONDS = [1.0, 420.0]  # for the repeats of one measurement, if there is time; until there is none
 failures = []
 
 
@@ -60,7 +67,11 @@ failures = []
 # 113,246,208 weights, 32 of them 3,623,878,656; an embedding 32064 x 3072 = 98,500,608; norms 65 x
 # 3072 = 199,680. A decoding step reads all but one embedding: 2 x 3,722,578,944 = 7,445,157,888
 # bytes (cached keys are not counted). Prefill of 3968: 2 x 3,623,878,656 x 3968 + 2 x 98,500,608 +
-# 32 x 96,761,806,848 = 31,855,675,834,368 operations.
+# 32 x 96,761,806,848 = 31,855,675,834,368 operations. A training step of two layers and 4,096
+# tokens: forward 2 x 4096 x (226,492,416 + 98,500,608) + 2 x 103,104,380,928 = 2,868,551,614,464
+# operations; backward twice the products, and 2 x 257,760,952,320 in attention. AdamW changes
+# 226,492,416 + 2 x 98,500,608 + 15,360 = 423,508,992 weights: read in 2 bytes, as are written, and
+# gradient and means in 4 each, of which the means are written: x 24 = 10,164,215,808 bytes.
 
 def attention_operations(S, H, C):
     return S * (S + 1) // 2 * 4 * C * H
@@ -99,6 +110,21 @@ def decode_step_bytes():
 def prefill_operations(S):
     matrices, embedding, _ = model_parameters(**PHI3_MINI)
     return 2 * (matrices * S + embedding) + 32 * attention_operations(S, 32, 96)
+
+
+def training_operations(S, sizes):
+    """Returns the forward's and the backward's, of one sequence."""
+    matrices, embedding, _ = model_parameters(**sizes)
+    products, (L, H) = 2 * S * (matrices + embedding), (sizes["num_layers"],
+                                                        sizes["num_query_heads"])
+    C = sizes["hidden_dim"] // H
+    return (products + L * attention_operations(S, H, C),
+            2 * products + L * attention_backward_operations(S, H, C))
+
+
+def adam_bytes(sizes):
+    matrices, embedding, norms = model_parameters(**sizes)
+    return (2 + 2 + 4 + 4 * 4) * (matrices + 2 * embedding + norms)
 
 
 # Inputs and checks --------------------------------------------------------------------------------
@@ -215,10 +241,11 @@ def on_poison(function, inputs):
 
 # Timing -------------------------------------------------------------------------------------------
 
-def median_seconds(run, repeats=50):
-    """Returns the median seconds of `run` between two events on CuPy's current stream."""
-    for _ in range(3):
-        run()
+started = time.perf_counter()
+
+
+def seconds_of(run, repeats):
+    """Returns the seconds of each `run`, between two events on CuPy's current stream."""
     pairs = []
     for _ in range(repeats):
         pairs.append((cupy.cuda.Event(), cupy.cuda.Event()))
@@ -226,7 +253,15 @@ def median_seconds(run, repeats=50):
         run()
         pairs[-1][1].record()
     pairs[-1][1].synchronize()
-    return statistics.median(cupy.cuda.get_elapsed_time(*pair) for pair in pairs) / 1e3
+    return [cupy.cuda.get_elapsed_time(*pair) / 1e3 for pair in pairs]
+
+
+def median_seconds(run, most=50):
+    """Returns the median seconds of `run`, of so many repeats as there is time for."""
+    longest = max(1e-6, min(seconds_of(run, 3)[1:]))  # the first one compiles
+    there_is_time = time.perf_counter() - started < SECONDS[1]
+    repeats = int(SECONDS[0] / longest) if there_is_time else 0
+    return statistics.median(seconds_of(run, min(most, max(3, repeats))))
 
 
 def time_ours(calls):
@@ -343,12 +378,10 @@ def bench_limits():
         theirs = [tuple(map(to_torch, inputs)) for inputs in sets]
         products["torch"] = rate("peer", 2 * N**3, time_plain, torch.matmul, theirs, error, sets)
     found = [x for x in products.values() if not isinstance(x, str)]
-    if isinstance(copied, str) or not found:
-        sys.exit(f"The limits could not be measured: {copied}, {products}")
     ours = products.pop("CuPy")
     row(f"bf16 matrix product, {N} x {N} x {N}, CuPy (cuBLAS)", "TFLOP/s", 1e12, ours, None,
         products)
-    return copied, max(found)
+    return copied, max(found, default=ours)
 
 
 def bench_rms_norm(copied):
@@ -495,17 +528,17 @@ def bench_attention_backward(S, H, K, C, limit):
 
 # The whole model ----------------------------------------------------------------------------------
 
-def our_model():
-    """Returns Phi-3-mini with random weights drawn on the GPU."""
+def our_model(sizes):
+    """Returns a model with random weights drawn on the GPU."""
     def draw(name, shape):
         if len(shape) == 1:
             return cupy.ones(shape, BF16)
         stddev = 0.01 if name.endswith("embedding") else 0.02
         return (cupy.random.standard_normal(shape, dtype=np.float32) * stddev).astype(BF16)
 
-    weights = phi3_ref.Phi3Config(**PHI3_MINI).build_weights(draw)
+    weights = phi3_ref.Phi3Config(**sizes).build_weights(draw)
     model = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(
-        **PHI3_MINI, dtype="bfloat16", backend="cupy", weights=weights))
+        **sizes, dtype="bfloat16", backend="cupy", weights=weights))
     model.compile(sampler="greedy")
     return model
 
@@ -520,13 +553,14 @@ def exact_logits(ours, token_ids):
     return on_host(phi3_ref.Phi3CausalLM(exact)({"token_ids": token_ids})[:, -1])
 
 
-def their_model(ours):
+def their_model(ours, sizes):
     """Returns transformers' model with the same weights."""
-    c = PHI3_MINI
+    c = sizes
     config = transformers.Phi3Config(
         vocab_size=c["vocabulary_size"], hidden_size=c["hidden_dim"],
         intermediate_size=c["intermediate_dim"], num_hidden_layers=c["num_layers"],
-        num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=c["layer_norm_epsilon"])
+        num_attention_heads=c["num_query_heads"], num_key_value_heads=c["num_key_value_heads"],
+        rms_norm_eps=c["layer_norm_epsilon"], pad_token_id=0)
     with torch.device(DEVICE):
         model = transformers.Phi3ForCausalLM(config).eval().to(torch.bfloat16)
     parameters = dict(model.named_parameters())
@@ -565,7 +599,7 @@ def bench_model(copied, multiplied):
         except Exception as problem:
             return [failed(name, problem)] * 2
 
-    model = our_model()
+    model = our_model(PHI3_MINI)
     exact = exact_logits(model, tokens[:, :64])
     cupy.get_default_memory_pool().free_all_blocks()
 
@@ -578,7 +612,7 @@ def bench_model(copied, multiplied):
                    lambda: on_host(model({"token_ids": tokens[:, :64]})[:, -1]), our_generate)
     if has_torch() and transformers is not None:
         ids = torch.from_numpy(tokens).to(DEVICE)
-        their = functools.cache(lambda: their_model(model))
+        their = functools.cache(lambda: their_model(model, PHI3_MINI))
 
         def their_generate(length, count, **kwargs):
             with torch.inference_mode():
@@ -598,6 +632,120 @@ def bench_model(copied, multiplied):
         prefill)
     row(f"Phi-3-mini bf16, decode after {short} tokens, {new} tokens", "tokens/s", 1, ours[1],
         copied / decode_step_bytes(), decode, share=0.6, beat=(names[0], 5))
+
+
+# A training step ----------------------------------------------------------------------------------
+
+def our_training(model):
+    """Returns what is timed, as functions of token ids and labels, NumPy's, and `update`."""
+    weights, config = model.backbone.weights, model.backbone.config
+    model.compile(phi3_ref.AdamW(1e-6))
+
+    def forward(ids, labels):
+        hidden = phi3_ref.forward(weights, config, ids, tapes=[])
+        return phi3_ref.cross_entropy(phi3_ref.reverse_embedding(weights, config, hidden), labels)
+
+    def learn(ids, labels):
+        loss, _, gradients = phi3_ref.loss_and_gradients(weights, config, ids, labels)
+        return loss, gradients
+
+    def update(learned):
+        model.optimizer.update(*(phi3_ref.unfused(tree, config) for tree in (weights, learned[1])))
+
+    return types.SimpleNamespace(
+        to_device=cupy.asarray, forward=forward, learn=learn, update=update,
+        gradients=lambda learned: phi3_ref.huggingface_tensors(learned[1], config),
+        step=lambda ids, labels: model.train_on_batch({"token_ids": ids}, labels))
+
+
+def their_training(model):
+    """The same of transformers' model."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+
+    def forward(ids, labels):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            logits = model(ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    def learn(ids, labels):
+        optimizer.zero_grad()
+        loss = forward(ids, labels)
+        loss.backward()
+        return loss.detach(), None
+
+    def step(ids, labels):
+        loss, _ = learn(to_device(ids), to_device(labels))
+        optimizer.step()
+        return loss.item()
+
+    def to_device(array):
+        return torch.from_numpy(array).to(DEVICE)
+
+    return types.SimpleNamespace(
+        to_device=to_device, forward=forward, learn=learn, update=lambda learned: optimizer.step(),
+        gradients=lambda learned: [(name, p.grad) for name, p in model.named_parameters()],
+        step=step)
+
+
+def exact_training(ours, sizes, ids, labels):
+    """Returns loss and gradients of the same weights, in float32, by NumPy."""
+    bfloat16 = dict(phi3_ref.named_weights(ours.backbone.weights))
+    weights = ours.backbone.config.build_weights(lambda name, shape: on_host(bfloat16[name]))
+    exact = phi3_ref.Phi3CausalLM(phi3_ref.Phi3Backbone(**sizes, weights=weights))
+    loss, gradients = exact.gradients({"token_ids": ids}, labels)
+    return {"loss": loss, **dict(phi3_ref.huggingface_tensors(gradients, exact.backbone.config))}
+
+
+def training_error(training, ids, labels, exact):
+    """Returns the largest error of the loss and of any weight's gradient."""
+    learned = training.learn(*map(training.to_device, (ids, labels)))
+    errors = [abs(float(learned[0]) - exact["loss"]) / exact["loss"]]
+    errors += [error_of(on_host(array), exact[name])
+               for name, array in training.gradients(learned)]
+    assert len(errors) == len(exact)
+    return max(errors)
+
+
+def time_training(name, make, ids, labels, exact):
+    """Checks 64 tokens, then times all; returns the seconds of a step, forward, backward, AdamW."""
+    try:
+        training = make()
+        found = training_error(training, ids[:, :64], labels[:, :64], exact)
+        if not found <= MODEL_TOLERANCE:
+            return [wrong(name, found)] * 4
+        print(f"{name}: error of loss and gradients {found:.1e}", file=sys.stderr)
+        batch = [training.to_device(array) for array in (ids, labels)]
+        forward = median_seconds(lambda: training.forward(*batch), 20)
+        both = median_seconds(lambda: training.learn(*batch), 20)
+        update = median_seconds(functools.partial(training.update, training.learn(*batch)), 20)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bfloat16 weights have 8 bits
+            step = median_seconds(lambda: training.step(ids, labels), 20)
+        return [step, forward, both - forward, update]
+    except Exception as problem:
+        return [failed(name, problem)] * 4
+
+
+def bench_training(copied, multiplied, S=4096, sizes=TWO_LAYERS):
+    """A step as users take it, and its parts; the peer keeps AdamW's means in 16 bits."""
+    model = our_model(sizes)
+    ids, labels = np.random.default_rng(0).integers(3, sizes["vocabulary_size"], (2, 1, S))
+    exact = exact_training(model, sizes, ids[:, :64], labels[:, :64])
+    what = f"{sizes['num_layers']} layers of Phi-3-mini, bf16, {S:,} tokens"
+    peer, theirs = "transformers, flash", ["absent" if transformers is None else absent()] * 4
+    if has_torch() and transformers is not None:  # first, while the weights are those of `exact`
+        theirs = time_training(f"peer {peer}", lambda: their_training(their_model(model, sizes)),
+                               ids, labels, exact)
+        torch.cuda.empty_cache()
+    ours = time_training("training", lambda: our_training(model), ids, labels, exact)
+    forward, backward = training_operations(S, sizes)
+    least = forward / multiplied, backward / multiplied, adam_bytes(sizes) / copied
+    for i, (name, limit) in enumerate(zip(("step", "forward", "backward", "AdamW"),
+                                          (sum(least), *least), strict=True)):
+        rates = [x[i] if isinstance(x[i], str) else S / x[i] for x in (ours, theirs)]
+        row(f"training {name}, {what}", "tokens/s", 1, rates[0], S / limit, {peer: rates[1]},
+            beat=(peer, 1) if name == "step" else None)
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -636,38 +784,49 @@ def print_machine():
     print(datetime.datetime.now().astimezone().isoformat(timespec="minutes"))
 
 
+def attempt(bench, *arguments):
+    """Returns what `bench` does; if it raises, prints a row that says so, and the rest goes on."""
+    try:
+        return bench(*arguments)
+    except Exception as problem:
+        row(" ".join([bench.__name__, *map(str, arguments)]), "", 1,
+            failed(bench.__name__, problem))
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true",
-                        help="leave out the whole model and 128k keys")
+                        help="leave out the whole model and 128k keys, and repeat less")
     quick = parser.parse_args(arguments).quick
+    SECONDS[0] = 0.2 if quick else 1.0
     reason = why_no_gpu()
     if reason:
         print(f"no CUDA device: {reason}")
         return 2
+    print_machine()
     print("| measurement | unit | ours | limit | ours / limit | peers (ours / theirs) | target "
-          "| reached |\n|---|---|---|---|---|---|---|---|")
-    copied, multiplied = bench_limits()
-    bench_rms_norm(copied)
+          "| reached |\n|---|---|---|---|---|---|---|---|", flush=True)
+    copied, multiplied = attempt(bench_limits) or ("not measured", "not measured")
+    attempt(bench_rms_norm, copied)
     for D in (3072, 5120):  # Phi-3-mini's and -medium's
-        bench_rms_norm_backward(8192, D, copied)
+        attempt(bench_rms_norm_backward, 8192, D, copied)
     for H, K, C in HEADS:
         for S in (1024, 4096, 16384):
-            bench_attention(S, S, H, K, C, multiplied)
+            attempt(bench_attention, S, S, H, K, C, multiplied)
     for H, K, C in HEADS:
         for T in (4096, 16384, 32768) + (131072,) * (not quick):
-            bench_attention(1, T, H, K, C, copied)
+            attempt(bench_attention, 1, T, H, K, C, copied)
     for H, K, C in HEADS:
         for S in (4096, 16384):
-            bench_attention_backward(S, H, K, C, multiplied)
+            attempt(bench_attention_backward, S, H, K, C, multiplied)
+    attempt(bench_training, copied, multiplied)
     for rows in (1, 8):  # Phi-3-mini's: query, key and value; gate and intermediate; and so on
         for size, out in ((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072), (3072, 32064)):
-            bench_linear(rows, size, out, copied)
+            attempt(bench_linear, rows, size, out, copied)
     if not quick:
-        bench_model(copied, multiplied)
+        attempt(bench_model, copied, multiplied)
     for failure in failures:
         print(f"\n{failure}")
-    print_machine()
     return 1 if failures else 0
 
 

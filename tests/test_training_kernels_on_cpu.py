@@ -49,11 +49,12 @@ def check_silu(x, gradient, **options):
     d_y = gradient.astype("float64")
     d_x, = torch.autograd.grad(y, wide_x, torch.from_numpy(d_y))
     # 1 + x (1 - s) may nearly cancel, and 1 - s does: their errors are relative to the terms.
+    # (Where e^-x overflows, the result of up to 2.7e-37 is 0.)
     for ours, exact, terms in zip(found, (y.detach().numpy(), d_x.numpy()), (
             abs(y.detach().numpy()), abs(d_y) * (1 + abs(x.astype("float64")))), strict=True):
         assert ours.dtype == x.dtype and ours.shape == x.shape and ours.flags.c_contiguous
         error = abs(ours.astype("float64") - exact)
-        assert (error <= 1.001 * half_a_step(exact, x.dtype.name) + 3e-7 * terms + 1e-37).all()
+        assert (error <= 1.001 * half_a_step(exact, x.dtype.name) + 3e-7 * terms + 3e-37).all()
     return [name for name, *_ in launches]
 
 
@@ -155,7 +156,7 @@ def check_adam(weights, gradients, settings, monkeypatch, steps=3, **options):
             given = {name: g * np.float32(1 + step) for name, g in gradients.items()}
             before = {name: w.astype("float64") for name, w in weights.items()}
             exact.update(wide, {name: g.astype("float64") for name, g in given.items()})
-            patched.setattr(phi3_ref, "has_kernel", lambda x: x.dtype != np.float64)
+            patched.setattr(phi3_ref, "kernels_for", lambda x: kernels_cuda)
             ours.update(weights, given)
             patched.undo()
             for name, w in weights.items():
