@@ -1570,6 +1570,39 @@ __global__ void __launch_bounds__(256) token_embedding_backward(
 }
 """
 
+# ---- A sum of squares ----------------------------------------------------------------------------
+
+SUM_OF_SQUARES = HEADER + r"""
+// The sum of x^2, which says whether a gradient is finite, and how long it is. Blocks take vectors
+// in turn, each thread HELD at once; then a second launch, of one block, adds up the partial sums.
+// Every element is read once, 4 bytes; CuPy's vdot writes and reads the squares, too: 12 bytes. The
+// limit is the memory's bandwidth.
+template <int N, bool SQUARE>
+__global__ void __launch_bounds__(512) sum_of(
+    const float* __restrict__ x, float* __restrict__ partial, long long count) {
+    constexpr int HELD = 4;
+    const auto in = reinterpret_cast<const Vector<float, N>*>(x);
+    const long long step = 512LL * gridDim.x;
+    float sum = 0.0f;
+    for (long long i = blockIdx.x * 512LL + threadIdx.x; i < count; i += step * HELD) {
+        Vector<float, N> held[HELD] = {};
+        UNROLLED for (int h = 0; h < HELD; h++)
+            if (i + h * step < count) held[h] = in[i + h * step];
+        UNROLLED for (int h = 0; h < HELD; h++)
+            UNROLLED for (int n = 0; n < N; n++)
+                sum += SQUARE ? held[h].element[n] * held[h].element[n] : held[h].element[n];
+    }
+    __shared__ float warp_sum[16];
+    sum = sum_over_lanes<1, 32>(sum);
+    if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    sum = 0.0f;
+    for (int warp = 0; warp < 16; warp++) sum += warp_sum[warp];
+    partial[blockIdx.x] = sum;
+}
+"""
+
 # ---- AdamW ---------------------------------------------------------------------------------------
 
 ADAM_STEP = HEADER + r"""
@@ -1625,6 +1658,7 @@ LINEAR_ROWS = (1, 2, 4, 8)
 def instances():
     """Return every (source, name expression) that the launchers can ask `load_kernel` for."""
     found = [(RMS_NORM_BACKWARD, "rms_norm_backward_scale")]
+    found += [(SUM_OF_SQUARES, f"sum_of<{N}>") for N in ("1, true", "4, true", "1, false")]
     for E in TYPES.values():
         found += [(ADAM_STEP, f"adam_step<{E}, {N}>") for N in (1, 4)]
         for N in (1, 4 if E == "float" else 8):
@@ -2095,6 +2129,32 @@ def token_embedding_backward(gradient, token_ids, vocabulary_size):
                 rows, ids, order, table, np.int64(rows.strides[0] // gradient.itemsize),
                 *map(np.int32, (len(rows), D))))
     return table
+
+
+def sum_of_squares(x):
+    """Return the sum of the squares of `x`, as `vdot(x, x)` does.
+
+    Args:
+        x: of any shape, float32, on the GPU, contiguous.
+
+    Returns:
+        float32, without axes.
+    """
+    check_array("x", x, (None,) * max(1, getattr(x, "ndim", 1)))
+    require(x.dtype == np.float32 and x.flags.c_contiguous,
+            f"`x` must be float32 and contiguous. Received: {x.dtype}, strides {x.strides}")
+    if not x.size:
+        return array_module.zeros((), np.float32)
+    x = x.reshape(-1)
+    N = 4 if in_vectors(x) else 1
+    # Four blocks of 512 threads fill a multiprocessor.
+    blocks = min(4 * gpu_limits()[1], divide_up(x.size, 512 * N))
+    partial, total = (array_module.empty(size, np.float32) for size in (blocks, 1))
+    for name, source, target, count, grid in ((f"{N}, true", x, partial, x.size // N, blocks),
+                                              ("1, false", partial, total, blocks, 1)):
+        load_kernel(SUM_OF_SQUARES, f"sum_of<{name}>")(
+            (grid,), (512,), (source, target, np.int64(count)))
+    return total.reshape(())
 
 
 def adam_step(weight, gradient, m, v, factor, decay, rate, beta_1, beta_2, epsilon):

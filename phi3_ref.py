@@ -1546,6 +1546,13 @@ def to_numpy(array):
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
+def sum_of_squares(x):
+    """Return the sum of the squares of `x`; any shape."""
+    if kernels := kernels_for(x):
+        return kernels.sum_of_squares(x)
+    return get_array_module(x).vdot(x, x)
+
+
 def to_floats(*numbers):
     """Return numbers, arrays without axes, as floats; from a GPU in one copy, waiting once."""
     xp = get_array_module(numbers[0])
@@ -2997,7 +3004,7 @@ class Phi3CausalLM:
         batch, weights = self.labelled(x, y, sample_weight), unfused(self.backbone.weights, config)
         loss, accuracy, gradients = self.learn(*batch, training=True)
         gradients = unfused(gradients, config)
-        squares = sum(xp.vdot(g, g) for g in gradients.values())
+        squares = sum(map(sum_of_squares, gradients.values()))
         loss, accuracy, squares = to_floats(loss, accuracy, squares)
         if not math.isfinite(loss + squares):
             self.find_not_finite(batch, loss)
@@ -3038,7 +3045,7 @@ class Phi3CausalLM:
         for name, array in named_weights(gradients):
             look(name, array, ".weight.gradient")
         for name, array in named_weights(gradients):
-            look(name, xp.vdot(array, array), ".weight.gradient's square")
+            look(name, sum_of_squares(array), ".weight.gradient's square")
 
     def fit(self, x, y=None, sample_weight=None, batch_size=32, epochs=1, steps_per_epoch=None,
             shuffle=True):

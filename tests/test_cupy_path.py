@@ -98,7 +98,7 @@ def kernels(monkeypatch):
 
     for name in ("rms_norm", "rms_norm_backward", "attention", "attention_backward", "linear",
                  "silu", "silu_backward", "token_embedding_backward", "transposed_matmul",
-                 "adam_step"):
+                 "sum_of_squares", "adam_step"):
         monkeypatch.setattr(kernels_cuda, name, stand_in_for(name))
     monkeypatch.setattr(kernels_cuda, "array_module", cupy_stand_in)  # `capture`'s
     monkeypatch.setattr(phi3_ref, "linear", linear_as_on_the_device)
@@ -304,6 +304,7 @@ def labelled(inputs, vocabulary_size, seed=5):
             rng.uniform(0, 2, shape) * (rng.random(shape) < 0.8))
 
 
+SIXTEEN_BITS = {policy for policy in POLICIES if "16" in policy}
 COUNT_OF_IDS = {"float64": [8]}  # what `unique` reads, where no kernel is
 
 
@@ -342,6 +343,8 @@ def test_gradients(policy, fused, recompute, kernels):
         assert_same_trees(results[0][1], results[1][1])
         norms = 2 * config["num_layers"] + 1 if fused and policy != "float64" else 0
         assert kernels.count("rms_norm_backward") == norms
+        products = 4 * config["num_layers"] + 1 if policy in SIXTEEN_BITS else 0
+        assert kernels.count("transposed_matmul") == products
 
 
 @pytest.mark.parametrize("model", MODELS)

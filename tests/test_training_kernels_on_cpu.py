@@ -38,12 +38,8 @@ def part_of(array, layout, N):
 
 # SiLU ---------------------------------------------------------------------------------------------
 
-def check_silu(x, gradient, **options):
-    """Compares both with PyTorch's in float64; returns the names of the kernels that ran."""
-    before = x.tobytes(), gradient.tobytes()
-    with cuda_on_cpu.emulate(**options) as launches:
-        found = kernels_cuda.silu(x), kernels_cuda.silu_backward(gradient, x)
-    assert before == (x.tobytes(), gradient.tobytes())
+def assert_silu(found, x, gradient):
+    """Both results are PyTorch's in float64, but for one rounding and the arithmetic in float32."""
     wide_x = torch.from_numpy(x.astype("float64")).requires_grad_()
     y = torch.nn.functional.silu(wide_x)
     d_y = gradient.astype("float64")
@@ -55,6 +51,15 @@ def check_silu(x, gradient, **options):
         assert ours.dtype == x.dtype and ours.shape == x.shape and ours.flags.c_contiguous
         error = abs(ours.astype("float64") - exact)
         assert (error <= 1.001 * half_a_step(exact, x.dtype.name) + 3e-7 * terms + 3e-37).all()
+
+
+def check_silu(x, gradient, **options):
+    """Returns the names of the kernels that ran."""
+    before = x.tobytes(), gradient.tobytes()
+    with cuda_on_cpu.emulate(**options) as launches:
+        found = kernels_cuda.silu(x), kernels_cuda.silu_backward(gradient, x)
+    assert before == (x.tobytes(), gradient.tobytes())
+    assert_silu(found, x, gradient)
     return [name for name, *_ in launches]
 
 
@@ -93,16 +98,21 @@ def test_silu_at_its_limits(dtype):
 
 # The embedding, backward --------------------------------------------------------------------------
 
-def check_embedding(gradient, ids, V, **options):
-    """Compares with NumPy's `add.at` in float64; returns the names of the kernels that ran."""
-    with cuda_on_cpu.emulate(**options) as launches:
-        table = kernels_cuda.token_embedding_backward(gradient, ids, V)
+def assert_embedding(table, gradient, ids, V):
+    """The table is NumPy's `add.at` in float64, but for sums in float32."""
     rows = gradient.reshape(-1, gradient.shape[-1]).astype("float64")
     exact, terms = np.zeros((2, V, rows.shape[-1]))
     np.add.at(exact, ids.reshape(-1), rows)
     np.add.at(terms, ids.reshape(-1), abs(rows))
     assert table.dtype == "float32" and table.shape == exact.shape
     assert (abs(table - exact) <= 1e-6 * terms).all()
+
+
+def check_embedding(gradient, ids, V, **options):
+    """Returns the names of the kernels that ran, and the table."""
+    with cuda_on_cpu.emulate(**options) as launches:
+        table = kernels_cuda.token_embedding_backward(gradient, ids, V)
+    assert_embedding(table, gradient, ids, V)
     return [name for name, *_ in launches], table
 
 
@@ -143,6 +153,41 @@ def test_token_embedding_backward_with_nothing_to_do():
             np.ones((0, 3, 8), "float32"), np.ones((0, 3), int), 5)
     np.testing.assert_array_equal(table, np.zeros((5, 8), "float32"), strict=True)
     assert not launches
+
+
+# A sum of squares ---------------------------------------------------------------------------------
+
+def check_squares(x, **options):
+    """Compares with the sum in float64; returns what was launched."""
+    with cuda_on_cpu.emulate(**options) as launches:
+        total = kernels_cuda.sum_of_squares(x)
+    exact = (x.astype("float64") ** 2).sum()
+    assert total.shape == () and total.dtype == "float32" and abs(total - exact) <= 1e-6 * exact
+    return launches
+
+
+@pytest.mark.parametrize("shape", [
+    (1,), (3,), (2047,), (2048,), (17, 128), (3, 40, 100), (9, 2052), (50, 1000)])
+def test_sum_of_squares(shape):
+    """Fewer elements than threads, more than are under way at once; vectors where they fit."""
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    (name, grid, _), (last, one, _) = check_squares(x, multiprocessors=1)
+    assert name == f"sum_of<{1 if x.size % 4 else 4}, true>" and last == "sum_of<1, false>"
+    assert grid == (min(4, -(-x.size // (2048 if x.size % 4 == 0 else 512))),) and one == (1,)
+    check_squares(x.reshape(-1)[1:] if x.size > 1 else x, reverse=True)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 3e19])
+def test_a_sum_of_squares_that_is_not_finite(bad):
+    """One element is enough, also one whose square overflows."""
+    x = np.ones(3000, "float32")
+    for i in (0, 1499, 2999):
+        x[i] = bad
+        with cuda_on_cpu.emulate():
+            assert not np.isfinite(kernels_cuda.sum_of_squares(x))
+        x[i] = 1
+    with cuda_on_cpu.emulate() as launches:
+        assert kernels_cuda.sum_of_squares(x[:0]) == 0 and not launches
 
 
 # AdamW --------------------------------------------------------------------------------------------
@@ -259,6 +304,8 @@ F32, F16 = np.ones((2, 8), "float32"), np.ones((2, 8), "float16")
      r"token_ids.*\(2,\).*\(1, 2\)"),
     ("token_embedding_backward", (F32, np.ones(2), 3), ValueError, "token_ids.*integers.*float64"),
     ("token_embedding_backward", (np.ones((2, 8)), np.ones(2, int), 3), ValueError, "float64"),
+    ("sum_of_squares", (F16,), ValueError, "x.*float32.*float16"),
+    ("sum_of_squares", (np.ones((8, 3), "float32")[:, :2],), ValueError, "x.*contiguous"),
     ("adam_step", ([1.0],), TypeError, "weight.*ndarray.*list"),
     ("adam_step", (F32, F16, F32, F32), ValueError, "gradient.*float32.*float16"),
     ("adam_step", (F16, F32, F16, F32), ValueError, "m.*float32.*float16"),
@@ -294,6 +341,10 @@ def is_caught(source_name, edit):
             ids[30:] = rng.integers(30, 33, 90)
             for D in (264, 256, 37):
                 check_embedding(gradient[:, :D], rng.permutation(ids), 130, **options)
+        if source_name == "SUM_OF_SQUARES":
+            x = rng.normal(size=101_000).astype("float32")
+            for size in (101_000, 8192, 4097, 5):
+                check_squares(x[:size], multiprocessors=1, **options)
         if source_name == "ADAM_STEP":
             weights = {name: rng.normal(size=size).astype("float16")
                        for name, size in (("a", 2048), ("b", 301), ("c", 12))}
@@ -335,6 +386,18 @@ MUTANTS = {
                                        "if (same[h])\n                held"),
         "lanes change places": ("sums[w][n][lane]", "sums[w][n][lane ^ 1]"),
         "the second block's columns": ("(blockIdx.y * 32 + lane) * N", "lane * N"),
+        "no barrier": ("__syncthreads();", ";")},
+    "SUM_OF_SQUARES": {
+        "not the square": ("SQUARE ? held", "!SQUARE ? held"),
+        "the square of the partial sums": ("SQUARE ? held", "true ? held"),
+        "past the end": ("if (i + h * step < count)", "if (i + h * step <= count)"),
+        "read past the end": ("if (i + h * step < count)", ""),
+        "the first round alone": ("i += step * HELD", "i += count"),
+        "a round left out": ("i += step * HELD", "i += step * (HELD + 1)"),
+        "a round twice": ("i += step * HELD", "i += step * (HELD - 1)"),
+        "half of a warp": ("sum_over_lanes<1, 32>", "sum_over_lanes<1, 16>"),
+        "a warp left out": ("warp < 16", "warp < 15"),
+        "another block's place": ("partial[blockIdx.x]", "partial[0]"),
         "no barrier": ("__syncthreads();", ";")},
     "ADAM_STEP": {
         "the gradient is not cut": (" * shrink", ""),
