@@ -1,9 +1,10 @@
-"""Raw CUDA kernels for Phi-3: RMSNorm, attention, and the products of decoding; their launchers.
+"""Raw CUDA kernels for Phi-3: norms, attention, decoding's products, a training step; launchers.
 
-`rms_norm`, `attention` and `linear`, and the derivatives `rms_norm_backward` and
-`attention_backward`, have the signatures and the meaning of phi3_ref's, on CuPy arrays in float32,
-float16 or bfloat16. The kernels stand below as CUDA C++ source, each under a comment that gives its
-algorithm, its tiling, and what limits it; they are compiled when they are first used.
+`rms_norm`, `attention`, `linear`, `silu`, `cross_entropy`, and the derivatives `..._backward`, have
+the signatures and the meaning of phi3_ref's, on CuPy arrays in float32, float16 or bfloat16;
+`transposed_matmul`, `sum_of_squares` and `adam_step` stand for a line or a few of it. The kernels
+stand below as CUDA C++ source, each under a comment that gives its algorithm, its tiling, and what
+limits it; they are compiled when they are first used.
 `decode_by_graph` makes one launch of a decoding step's many: a CUDA graph. `load_cupy` says what is
 missing where CuPy or the GPU is.
 
@@ -1570,6 +1571,70 @@ __global__ void __launch_bounds__(256) token_embedding_backward(
 }
 """
 
+# ---- Cross entropy -------------------------------------------------------------------------------
+
+CROSS_ENTROPY = HEADER + r"""
+// Of a row of logits l and its label, the share w / N times -log p_label, and the gradient of l,
+// w / N (p - (v == label)), where p = softmax(l); one block per row. Each thread goes over its
+// vectors with an online softmax, a running peak and the total of e^(l - peak), which shrinks where
+// the peak rises; the block brings them to one peak. With it, the row is read again, and gone over
+// element by element.
+//
+// In 16 bits, 4 bytes per logit: read once from memory, the second time mostly from the L2 cache
+// (64 KB a row of 32,064), and written once. Step by step, as NumPy has it: 50, and in float32 a
+// copy of the logits, the largest array of a step. The limit is the memory's bandwidth.
+template <typename E, int N>
+__global__ void __launch_bounds__(512) cross_entropy(
+    const E* __restrict__ logits, const long long* __restrict__ labels,
+    const float* __restrict__ share, float* __restrict__ loss, E* __restrict__ gradient,
+    long long logits_row, int V) {
+    constexpr int HELD = 4;
+    const long long row = blockIdx.x;
+    const auto in = reinterpret_cast<const Vector<E, N>*>(logits + row * logits_row);
+    const auto out = reinterpret_cast<Vector<E, N>*>(gradient + row * V);
+    const int count = V / N, threads = blockDim.x, warps = threads / 32;
+
+    float peak = -3.4e38f, total = 0.0f;  // lower than any number; exp(-infinity - peak) is 0
+    for (int i = threadIdx.x; i < count; i += threads * HELD) {
+        Vector<E, N> held[HELD];
+        UNROLLED for (int h = 0; h < HELD; h++)
+            if (i + h * threads < count) held[h] = in[i + h * threads];
+        UNROLLED for (int h = 0; h < HELD; h++) {
+            if (i + h * threads >= count) continue;
+            const float old = peak;
+            UNROLLED for (int n = 0; n < N; n++) peak = fmaxf(peak, to_float(held[h].element[n]));
+            total *= expf(old - peak);
+            UNROLLED for (int n = 0; n < N; n++) total += expf(to_float(held[h].element[n]) - peak);
+        }
+    }
+    __shared__ float warp_peak[16], warp_total[16];
+    const float own = peak;
+    peak = highest_over_lanes<1, 32>(peak);
+    if (threadIdx.x % 32 == 0) warp_peak[threadIdx.x / 32] = peak;
+    __syncthreads();
+    for (int w = 0; w < warps; w++) peak = fmaxf(peak, warp_peak[w]);
+    total = sum_over_lanes<1, 32>(total * expf(own - peak));
+    if (threadIdx.x % 32 == 0) warp_total[threadIdx.x / 32] = total;
+    __syncthreads();
+    total = 0.0f;
+    for (int w = 0; w < warps; w++) total += warp_total[w];
+
+    const long long label = labels[row];
+    const float part = share[row], inverse = 1.0f / total;
+    if (threadIdx.x == 0)
+        loss[row] = part * (logf(total) - (to_float(logits[row * logits_row + label]) - peak));
+    for (int i = threadIdx.x; i < count; i += threads) {
+        const Vector<E, N> x = in[i];
+        Vector<E, N> d_x;
+        UNROLLED for (int n = 0; n < N; n++) {
+            const float p = expf(to_float(x.element[n]) - peak) * inverse;
+            d_x.element[n] = from_float<E>((i * N + n == label ? p - 1.0f : p) * part);
+        }
+        out[i] = d_x;
+    }
+}
+"""
+
 # ---- A sum of squares ----------------------------------------------------------------------------
 
 SUM_OF_SQUARES = HEADER + r"""
@@ -1664,6 +1729,7 @@ def instances():
         for N in (1, 4 if E == "float" else 8):
             found += [(SILU, f"{name}<{E}, {N}>") for name in ("silu", "silu_backward")]
             found += [(TOKEN_EMBEDDING_BACKWARD, f"token_embedding_backward<{E}, {N}>")]
+            found += [(CROSS_ENTROPY, f"cross_entropy<{E}, {N}>")]
             found += [(RMS_NORM, f"rms_norm<{E}, {N}>")]
             found += [(RMS_NORM_BACKWARD, f"rms_norm_backward<{E}, {N}>")]
             found += [(LINEAR, f"linear<{E}, {N}, {rows}>") for rows in LINEAR_ROWS]
@@ -2129,6 +2195,39 @@ def token_embedding_backward(gradient, token_ids, vocabulary_size):
                 rows, ids, order, table, np.int64(rows.strides[0] // gradient.itemsize),
                 *map(np.int32, (len(rows), D))))
     return table
+
+
+def cross_entropy(logits, labels, sample_weight=None):
+    """Return the loss, and the gradient of the logits: phi3_ref's `cross_entropy`.
+
+    Args:
+        logits: [B, S, V], float32, float16 or bfloat16, on the GPU.
+        labels: [B, S], int in [0, V), on the GPU; at least one.
+        sample_weight: [B, S] on the GPU, or None for ones.
+
+    Returns:
+        loss, float32, without axes; and the gradient, like `logits`, contiguous; computed in
+        float32, rounded once.
+    """
+    check_array("logits", logits, (None,) * max(1, getattr(logits, "ndim", 1)))
+    V, N = logits.shape[-1], labels.size
+    for name, array in (("labels", labels), ("sample_weight", sample_weight)):
+        require(array is None or array.shape == logits.shape[:-1],
+                f"`{name}` must be of shape {logits.shape[:-1]}. Received: "
+                f"{getattr(array, 'shape', None)}")
+    require(labels.dtype.kind in "iu" and N,
+            f"`labels` must be integers, at least one. Received: {N} of {labels.dtype}")
+    share = array_module.ones(N) if sample_weight is None else sample_weight.reshape(-1)
+    share = share.astype(np.float32) / np.float32(N)
+    rows, labels = logits.reshape(N, V), labels.reshape(-1).astype(np.int64, copy=False)
+    losses, gradient = (array_module.empty(shape, dtype) for shape, dtype in (
+        (N, np.float32), (logits.shape, logits.dtype)))
+    vector = 16 // logits.itemsize if in_vectors(rows) else 1
+    threads = min(512, 32 * divide_up(V, 32 * vector))
+    load_kernel(CROSS_ENTROPY, f"cross_entropy<{TYPES[logits.dtype.name]}, {vector}>")(
+        (N,), (threads,), (rows, labels, share, losses, gradient,
+                           np.int64(rows.strides[0] // logits.itemsize), np.int32(V)))
+    return losses.sum(), gradient
 
 
 def sum_of_squares(x):

@@ -882,6 +882,8 @@ def cross_entropy(logits, labels, sample_weight=None):
 
     Source: Keras's `SparseCategoricalCrossentropy(from_logits=True)`.
     """
+    if kernels := kernels_for(logits):
+        return kernels.cross_entropy(logits, labels, sample_weight)
     xp, N, rows = get_array_module(logits), labels.size, logits.reshape(labels.size, -1)
     x = rows - upcast(rows).max(axis=-1, keepdims=True)  # see `softmax`; wide in any policy
     share = xp.ones(N) if sample_weight is None else sample_weight
@@ -998,15 +1000,12 @@ class AdamW:
 # ---- The same, faster ----------------------------------------------------------------------------
 
 
-MOST_ROWS_OF_KERNEL = 8  # `kernels_cuda.linear` is for few vectors: a decoding step's
-
-
 def linear(x, weight):
     """Compute `textbook_linear` as fast as the hardware and its libraries multiply."""
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
     narrow, few = x.dtype.itemsize == 2, len(rows) < 128
-    if len(rows) <= MOST_ROWS_OF_KERNEL and weight.flags.c_contiguous and (
-            kernels := kernels_for(x)):
+    kernels = kernels_for(x)
+    if kernels and len(rows) <= kernels.LINEAR_ROWS[-1] and weight.flags.c_contiguous:
         product = kernels.linear(rows, weight)
     elif get_array_module(x) is not np or (not narrow and not 1 < len(rows) < 128):
         product = rows @ weight.T  # in 16 bits on a GPU only, whose tensor cores sum in float32
@@ -2837,7 +2836,7 @@ class Phi3CausalLM:
             new_ids = xp.asarray(token_ids[:, start : min(start + chunk, index)])  # [B, S]
             kernels = kernels_for(cache.arrays)
             by_graph = (kernels and config.fused and tap is no_tap
-                        and new_ids.shape[1] == 1 and len(new_ids) <= MOST_ROWS_OF_KERNEL)
+                        and new_ids.shape[1] == 1 and len(new_ids) <= kernels.LINEAR_ROWS[-1])
             if by_graph:
                 hidden_states = kernels.decode_by_graph(
                     forward, weights, config, new_ids, cache, index)

@@ -59,14 +59,15 @@ def adam_step_on_host(weight, gradient, m, v, factor, decay, rate, beta_1, beta_
 
 ON_HOST = {"attention": attention_on_host, "adam_step": adam_step_on_host,
            "transposed_matmul": lambda x, y: phi3_ref.upcast(x).T @ phi3_ref.upcast(y)}
-FLOAT32_TOO = {"adam_step"}  # the kernels whose arrays are of more than one dtype
+# Kernels whose arrays are of more than one dtype: means beside weights, weights of labels.
+ALSO = {"adam_step": "float32", "cross_entropy": "float64"}
 
 
 def linear_as_on_the_device(x, weight, linear=phi3_ref.linear):
     """Dense layer; on the host the product that the device takes, for BLAS sums by shape."""
     rows = x.reshape(-1, x.shape[-1])
     if type(x) is not np.ndarray or (
-            len(rows) <= phi3_ref.MOST_ROWS_OF_KERNEL and x.dtype != np.float64):
+            len(rows) <= kernels_cuda.LINEAR_ROWS[-1] and x.dtype != np.float64):
         return linear(x, weight)
     return phi3_ref.matmul(rows, weight.T).reshape(*x.shape[:-1], len(weight))
 
@@ -84,7 +85,7 @@ def kernels(monkeypatch):
             arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype")]
             assert all(type(a) is cupy_stand_in.ndarray for a in arrays)
             dtypes = {a.dtype.name for a in arrays} - {"bool", "int64"}  # masks, token ids
-            dtypes -= {"float32"} if name in FLOAT32_TOO and len(dtypes) > 1 else set()
+            dtypes -= {ALSO.get(name)} if len(dtypes) > 1 else set()
             assert len(dtypes) == 1 and dtypes <= {"float32", "float16", "bfloat16"}
             assert all(a.strides[-1] == a.itemsize for a in arrays if a.ndim and a.shape[-1] > 1)
             calls.append(name)
@@ -98,7 +99,7 @@ def kernels(monkeypatch):
 
     for name in ("rms_norm", "rms_norm_backward", "attention", "attention_backward", "linear",
                  "silu", "silu_backward", "token_embedding_backward", "transposed_matmul",
-                 "sum_of_squares", "adam_step"):
+                 "cross_entropy", "sum_of_squares", "adam_step"):
         monkeypatch.setattr(kernels_cuda, name, stand_in_for(name))
     monkeypatch.setattr(kernels_cuda, "array_module", cupy_stand_in)  # `capture`'s
     monkeypatch.setattr(phi3_ref, "linear", linear_as_on_the_device)
@@ -684,7 +685,7 @@ def test_a_graph_is_of_its_weights():
 @pytest.mark.parametrize("rows, graphs", [(1, 1), (8, 1), (9, 0)])
 def test_more_rows_than_the_kernel_takes(rows, graphs, monkeypatch):
     """A batch of up to 8 is decoded by a graph; of more, by cuBLAS, which none can hold."""
-    assert phi3_ref.MOST_ROWS_OF_KERNEL == kernels_cuda.LINEAR_ROWS[-1] == 8
+    assert kernels_cuda.LINEAR_ROWS[-1] == 8
     captured = []
     monkeypatch.setattr(kernels_cuda, "capture", lambda function, capture=kernels_cuda.capture: (
         captured.append(1), capture(function))[1])

@@ -21,8 +21,8 @@ NAMES = {source_name: [name for source, name in kernels_cuda.instances()
          for source_name in ("RMS_NORM", "RMS_NORM_BACKWARD", "ATTENTION_TILED",
                              "ATTENTION_TENSOR_CORES", "ATTENTION_DECODE",
                              "ATTENTION_BACKWARD_TILED", "ATTENTION_BACKWARD_TENSOR_CORES",
-                             "LINEAR", "SILU", "TOKEN_EMBEDDING_BACKWARD", "SUM_OF_SQUARES",
-                             "ADAM_STEP")}
+                             "LINEAR", "SILU", "TOKEN_EMBEDDING_BACKWARD", "CROSS_ENTROPY",
+                             "SUM_OF_SQUARES", "ADAM_STEP")}
 REGISTERS = 65_536  # of one multiprocessor
 STATIC_SHARED_MEMORY = 48 << 10  # bytes that a kernel may declare
 MOST_SPILLED = 256  # bytes, stores and loads: a few registers, outside of the innermost loops

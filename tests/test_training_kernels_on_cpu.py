@@ -155,6 +155,78 @@ def test_token_embedding_backward_with_nothing_to_do():
     assert not launches
 
 
+# Cross entropy ------------------------------------------------------------------------------------
+
+def assert_cross_entropy(found, logits, labels, weight):
+    """Loss and gradient are PyTorch's in float64, but for one rounding, and sums in float32."""
+    V, N = logits.shape[-1], labels.size
+    wide = torch.from_numpy(logits.astype("float64").reshape(N, V)).requires_grad_()
+    rows = torch.nn.functional.cross_entropy(wide, torch.from_numpy(
+        labels.astype("int64").reshape(-1)), reduction="none")
+    share = (np.ones(N) if weight is None else weight.reshape(-1)) / N
+    exact, = torch.autograd.grad((rows * torch.from_numpy(share)).sum(), wide)
+    exact, rows, (loss, gradient) = exact.numpy(), rows.detach().numpy(), found
+    assert loss.shape == () and loss.dtype == "float32"
+    largest = abs(logits.astype("float64")).max()
+    assert abs(loss - share @ rows) <= 1e-6 * share @ (rows + largest)
+    assert gradient.dtype == logits.dtype and gradient.shape == logits.shape
+    assert gradient.flags.c_contiguous
+    error = abs(gradient.astype("float64").reshape(N, V) - exact)
+    own = np.zeros_like(exact)
+    own[np.arange(N), labels.reshape(-1)] = 1  # p - 1 may nearly cancel
+    terms = abs(exact) + own * share[:, None]
+    # A difference of logits has a rounding, of which e^x makes a relative error.
+    assert (error <= 1.001 * half_a_step(exact, logits.dtype.name)
+            + (3e-7 + 6e-8 * 2 * largest) * terms + 1e-37).all()
+
+
+def check_cross_entropy(logits, labels, weight, **options):
+    """Returns the names of the kernels that ran."""
+    before = logits.tobytes()
+    with cuda_on_cpu.emulate(**options) as launches:
+        found = kernels_cuda.cross_entropy(logits, labels, weight)
+    assert before == logits.tobytes()
+    assert_cross_entropy(found, logits, labels, weight)
+    return [name for name, *_ in launches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype):
+    """Vocabularies around what a block holds, any stride, logits that rise or fall or are equal."""
+    item = ref.NUMPY_DTYPE[dtype]
+    N = 16 // item(0).itemsize
+
+    @settings(max_examples=ref.examples(20))
+    @given(st.sampled_from([(1, 1), (2, 3), (5,)]), st.sampled_from([*DIMS, 16392]),
+           st.sampled_from(["dense", "wider", "unaligned"]), st.sampled_from([0.0, 1.0, 10.0]),
+           st.sampled_from(["none", "rising", "falling"]), st.booleans(), st.integers(0, 99))
+    def all_equal(shape, V, layout, size, order, weighted, seed):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(size=(*shape, V + 2 * N)) * size
+        logits = {"none": logits, "rising": np.sort(logits),
+                  "falling": np.sort(logits)[..., ::-1]}[order].astype(item)
+        logits, labels = part_of(logits, layout, N), rng.integers(0, V, shape)
+        weight = rng.uniform(0, 2, shape) * (rng.random(shape) < 0.7) if weighted else None
+        names = check_cross_entropy(logits, labels, weight)
+        if layout != "unaligned":
+            assert names == [f"cross_entropy<{TYPES[dtype]}, {1 if V % N else N}>"]
+
+    all_equal()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_cross_entropy_that_is_not_finite(bad):
+    """Neither is the loss; where a logit is minus infinity, its probability is zero."""
+    logits, labels = np.ones((1, 3, 40), "float32"), np.zeros((1, 3), int)
+    logits[0, 1, 7] = bad
+    with cuda_on_cpu.emulate():
+        loss, _ = kernels_cuda.cross_entropy(logits, labels)
+        logits[0, 1, 7] = -math.inf
+        found, gradient = kernels_cuda.cross_entropy(logits, labels)
+    assert not np.isfinite(loss) and gradient[0, 1, 7] == 0
+    assert found == pytest.approx((2 * math.log(40) + math.log(39)) / 3, rel=1e-6)
+
+
 # A sum of squares ---------------------------------------------------------------------------------
 
 def check_squares(x, **options):
@@ -304,6 +376,10 @@ F32, F16 = np.ones((2, 8), "float32"), np.ones((2, 8), "float16")
      r"token_ids.*\(2,\).*\(1, 2\)"),
     ("token_embedding_backward", (F32, np.ones(2), 3), ValueError, "token_ids.*integers.*float64"),
     ("token_embedding_backward", (np.ones((2, 8)), np.ones(2, int), 3), ValueError, "float64"),
+    ("cross_entropy", (F32, np.ones((1, 2), int)), ValueError, r"labels.*\(2,\).*\(1, 2\)"),
+    ("cross_entropy", (F32, np.ones(2)), ValueError, "labels.*integers.*float64"),
+    ("cross_entropy", (F32, np.ones(2, int), np.ones(3)), ValueError, r"weight.*\(2,\).*\(3,\)"),
+    ("cross_entropy", (F32[:0], np.ones(0, int)), ValueError, "labels.*at least one"),
     ("sum_of_squares", (F16,), ValueError, "x.*float32.*float16"),
     ("sum_of_squares", (np.ones((8, 3), "float32")[:, :2],), ValueError, "x.*contiguous"),
     ("adam_step", ([1.0],), TypeError, "weight.*ndarray.*list"),
@@ -341,6 +417,13 @@ def is_caught(source_name, edit):
             ids[30:] = rng.integers(30, 33, 90)
             for D in (264, 256, 37):
                 check_embedding(gradient[:, :D], rng.permutation(ids), 130, **options)
+        if source_name == "CROSS_ENTROPY":
+            logits = np.sort(rng.normal(size=(3, 20_008)) * 3).astype("float16")
+            logits[1, 511 * 8] = 300  # the last warp's: e^300 is infinite
+            for V in (20_000, 517, 20):
+                part, weight = logits[:, ::-1][:, -V:] if V == 517 else logits[:, :V], rng.random(3)
+                check_cross_entropy(part.copy() if V == 517 else part,
+                                    np.array([V - 1, 0, V // 2]), weight, **options)
         if source_name == "SUM_OF_SQUARES":
             x = rng.normal(size=101_000).astype("float32")
             for size in (101_000, 8192, 4097, 5):
@@ -387,6 +470,32 @@ MUTANTS = {
         "lanes change places": ("sums[w][n][lane]", "sums[w][n][lane ^ 1]"),
         "the second block's columns": ("(blockIdx.y * 32 + lane) * N", "lane * N"),
         "no barrier": ("__syncthreads();", ";")},
+    "CROSS_ENTROPY": {
+        "the total does not shrink": ("total *= expf(old - peak);", ""),
+        "the warps are not brought to one peak": ("total * expf(own - peak)", "total"),
+        "the first round alone": ("i += threads * HELD", "i += count"),
+        "a round twice": ("i += threads * HELD", "i += threads * (HELD - 1)"),
+        "past the end": ("if (i + h * threads >= count) continue;", ""),
+        "half of a warp": ("sum_over_lanes<1, 32>", "sum_over_lanes<1, 16>"),
+        "half of a warp's peak": ("highest_over_lanes<1, 32>", "highest_over_lanes<1, 16>"),
+        "a warp's peak left out": ("w < warps; w++) peak", "w < warps - 1; w++) peak"),
+        "a warp's total left out": ("w < warps; w++) total", "w < warps - 1; w++) total"),
+        "the label is not seen": ("i * N + n == label ? p - 1.0f : p", "p"),
+        "the next label": ("i * N + n == label", "i * N + n == label + 1"),
+        "the share is forgotten": ("p - 1.0f : p) * part", "p - 1.0f : p)"),
+        "the loss has no share": ("part * (logf", "(logf"),
+        "the loss without the peak": ("+ label]) - peak))", "+ label])))"),
+        "the loss without its label": ("logf(total) - (to_float", "logf(total) - 0 * (to_float"),
+        "another row's label": ("labels[row]", "labels[0]"),
+        "another row's share": ("share[row]", "share[0]"),
+        "the stride of logits in the gradient": ("gradient + row * V", "gradient + row * logits_r"
+                                                 "ow"),
+        "the last part of the gradient": ("for (int i = threadIdx.x; i < count; i += threads) {",
+                                          "for (int i = threadIdx.x; i + threads < count; i += "
+                                          "threads) {"),
+        "no barrier for the peak": ("__syncthreads();\n    for (int w = 0; w < warps; w++) peak",
+                                    "for (int w = 0; w < warps; w++) peak"),
+        "no barrier for the total": ("__syncthreads();\n    total = 0", "total = 0")},
     "SUM_OF_SQUARES": {
         "not the square": ("SQUARE ? held", "!SQUARE ? held"),
         "the square of the partial sums": ("SQUARE ? held", "true ? held"),

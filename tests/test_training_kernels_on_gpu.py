@@ -63,6 +63,20 @@ def test_token_embedding_backward(dtype, ids, shape, V):
     assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 300, 1003), (1, 1000, 32064), (1, 2, 200_064)])
+def test_cross_entropy(dtype, shape):
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=shape) * 3).astype(ref.NUMPY_DTYPE[dtype])
+    labels, weight = rng.integers(0, shape[-1], shape[:2]), rng.random(shape[:2])
+    arrays = to_gpu(logits), cupy.asarray(labels), cupy.asarray(weight)
+    with poisoned(shape):
+        found = [array.get() for array in kernels_cuda.cross_entropy(*arrays)]
+    on_cpu.assert_cross_entropy(found, logits, labels, weight)
+    for one, other in zip(found, kernels_cuda.cross_entropy(*arrays), strict=True):
+        assert one.tobytes() == other.get().tobytes()
+
+
 @pytest.mark.parametrize("n, M, N", [(1, 1, 1), (5, 3, 7), (300, 97, 1), (4096, 3072, 1024)])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_products_of_learning(dtype, n, M, N):
