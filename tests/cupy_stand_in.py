@@ -113,7 +113,7 @@ def on_device(function):
         result = function(*args, **kwargs)
         if isinstance(result, tuple):  # a derivative's arrays: no graph needs them
             refuse_while_capturing()
-            return tuple(map(ndarray, result))
+            return tuple(ndarray(np.asarray(part)) for part in result)
         host = np.asarray(result)
         hosts = [a for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
         if recorded is not None and not any(np.may_share_memory(host, a) for a in hosts):

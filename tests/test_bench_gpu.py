@@ -49,6 +49,10 @@ def bench(monkeypatch, kernels):
     monkeypatch.setattr(bench_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(bench_gpu, "failures", [])
     monkeypatch.setattr(bench_gpu, "SECONDS", [0.0, 0.0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # which is fastest for arrays so small
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows(capsys):

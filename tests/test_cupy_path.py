@@ -84,7 +84,7 @@ def kernels(monkeypatch):
         def kernel(*args, **kwargs):
             arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype")]
             assert all(type(a) is cupy_stand_in.ndarray for a in arrays)
-            dtypes = {a.dtype.name for a in arrays} - {"bool", "int64"}  # masks, token ids
+            dtypes = {a.dtype.name for a in arrays} - {"bool", "int32", "int64"}  # masks, ids
             dtypes -= {ALSO.get(name)} if len(dtypes) > 1 else set()
             assert len(dtypes) == 1 and dtypes <= {"float32", "float16", "bfloat16"}
             assert all(a.strides[-1] == a.itemsize for a in arrays if a.ndim and a.shape[-1] > 1)
