@@ -775,13 +775,13 @@ def print_machine():
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
     runtime = cupy.cuda.runtime
-    print(f"\nGPU: {runtime.getDeviceProperties(0)['name'].decode()}, driver {driver}, CUDA "
+    print(f"GPU: {runtime.getDeviceProperties(0)['name'].decode()}, driver {driver}, CUDA "
           f"{runtime.driverGetVersion()} (driver), {runtime.runtimeGetVersion()} (runtime)")
     cupy_name = next((name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy")
                       if version(name) != "absent"), "cupy")
     print(", ".join(f"{name} {version(name)}" for name in (
         cupy_name, "numpy", "torch", "transformers", "triton", "flash-attn")))
-    print(datetime.datetime.now().astimezone().isoformat(timespec="minutes"))
+    print(datetime.datetime.now().astimezone().isoformat(timespec="minutes"), end="\n\n")
 
 
 def attempt(bench, *arguments):
