@@ -1194,15 +1194,14 @@ ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + TILES + r"""
 // Write a warp's rows of a gradient, times a factor, by way of its own rows of a tile.
 template <typename E, int C_PADDED> __device__ __forceinline__
 void write_rows(E* start, long long stride, int count, int C,
-                const float (&sum)[1][C_PADDED / 8][4], float factor, E* own) {
+                const float (&sum)[C_PADDED / 8][4], float factor, E* own) {
     constexpr int STRIDE = C_PADDED + 8;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     __syncwarp();
     UNROLLED for (int i = 0; i < 2; i++)
         UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
             *reinterpret_cast<Vector<E, 2>*>(own + (g + 8 * i) * STRIDE + 8 * n + 2 * t) = {
-                from_float<E>(sum[0][n][2 * i] * factor),
-                from_float<E>(sum[0][n][2 * i + 1] * factor)};
+                from_float<E>(sum[n][2 * i] * factor), from_float<E>(sum[n][2 * i + 1] * factor)};
     __syncwarp();
     UNROLLED for (int i = 0; i < 16; i += 4)
         UNROLLED for (int j = 0; j < C_PADDED; j += 64) {
@@ -1312,13 +1311,13 @@ __global__ void __launch_bounds__(128, 2) query_gradient_tensor_cores(
         add_weighted_rows<E, C_PADDED, 2, KEYS>(sums, weights, keys);  // s' and p
     }
 
-    float d_q[1][C_PADDED / 8][4];
+    float d_q[C_PADDED / 8][4];
     statistics += (b * H + h) * 2 * rows + q0;
     UNROLLED for (int r = 0; r < 2; r++) {
         error[r] = sum_over_lanes<1, 4>(error[r]);
         UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
             UNROLLED for (int e = 2 * r; e < 2 * r + 2; e++)
-                d_q[0][n][e] = sums[0][n][e] - error[r] * sums[1][n][e];
+                d_q[n][e] = sums[0][n][e] - error[r] * sums[1][n][e];
         if (t == 0) {
             statistics[row0 + g + 8 * r] = log_sum[r];
             statistics[rows + row0 + g + 8 * r] = delta[r] + error[r];
@@ -1416,9 +1415,9 @@ __global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
     }
 
     const long long start = ((b * T + lowest) * K + k) * C, stride = (long long)K * C;
-    write_rows<E, C_PADDED>(d_key + start, stride, T - lowest, C, d_k, scale * LN_2,
+    write_rows<E, C_PADDED>(d_key + start, stride, T - lowest, C, d_k[0], scale * LN_2,
                             keys + row0 * STRIDE);
-    write_rows<E, C_PADDED>(d_value + start, stride, T - lowest, C, d_v, 1.0f,
+    write_rows<E, C_PADDED>(d_value + start, stride, T - lowest, C, d_v[0], 1.0f,
                             values + row0 * STRIDE);
 }
 """

@@ -602,7 +602,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     # Who looks sees inside of attention, the textbook's. A tape does not: it would keep S x T.
     blind = isinstance(tap, Tape) and tap.looking is no_tap
     inside = {"tap": no_tap if blind else prefixed(tap, "attention")}
-    if blind and config.fused:  # which has one number for each row of these
+    if blind and config.fused:  # of each row of T it keeps one number
         empty = get_array_module(x).empty((B, H, S), upcast(x[:0]).dtype)
         inside["log_sum_exp"] = tap["attention.log_sum_exp"] = empty
     context = tap("attention.context", attention(query, *seen, **inside))
