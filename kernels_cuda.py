@@ -1098,7 +1098,7 @@ __global__ void __launch_bounds__(256) query_gradient_tiled(
                 const int t = t0 + tx + 16 * j, distance = offset + q0 + 4 * ty + i - t;
                 const bool seen = distance >= 0 && distance < window && t < T
                     && (!has_mask || mask[t]);
-                p[i][j] = seen ? weight_of(p[i][j], scale, log_sum[i]) : 0.0f;
+                p[i][j] = weight_of(seen ? p[i][j] : NOTHING, scale, log_sum[i]);
                 d_s[i][j] = p[i][j] * (d_s[i][j] - delta[i]);
                 error[i] += d_s[i][j];
             }
@@ -1152,7 +1152,7 @@ __global__ void __launch_bounds__(256) key_value_gradients_tiled(
                     const int distance = offset + q0 + q - t;
                     const bool seen = distance >= 0 && distance < window && t < T
                         && (!has_mask || mask[t]);
-                    p[i][j] = seen ? weight_of(p[i][j], scale, log_sum[q]) : 0.0f;
+                    p[i][j] = weight_of(seen ? p[i][j] : NOTHING, scale, log_sum[q]);
                     d_s[i][j] = p[i][j] * (d_s[i][j] - delta[q]);
                 }
             add_weighted_rows(d_v, p, gradients, c0, C, shared);
