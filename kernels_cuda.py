@@ -24,6 +24,7 @@ References:
     FlashAttention-2  Dao 2023, https://arxiv.org/abs/2307.08691
     online softmax    Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
     split keys        Dao et al. 2023 (Flash-Decoding), https://pytorch.org/blog/flash-decoding
+    delta's rounding  Qiu and Yao 2025, https://arxiv.org/abs/2510.04212
     PTX instructions  https://docs.nvidia.com/cuda/parallel-thread-execution
 """
 
@@ -162,6 +163,8 @@ ATTENTION_HEADER = HEADER + r"""
     long long key_b, long long key_t, long long key_k, \
     long long value_b, long long value_t, long long value_k, \
     int S, int T, int H, int K, int C, int window, float scale
+// And where it writes: [B, S, H, C], and [B, H, S] or, where nobody asks for it, a null pointer.
+#define ATTENTION_OUTPUTS E* __restrict__ output, float* __restrict__ log_sum_exp
 
 // Online softmax. For the keys so far, a query keeps the highest score times `scale`, `peak`; the
 // sum `total` of its weights exp2(score scale - peak); and `mixed`, the values times their weights.
@@ -178,6 +181,12 @@ __device__ __forceinline__ Rescaling raise_peak(float& peak, float highest) {
 }
 __device__ __forceinline__ float weight_of(float score, float scale, float shift) {
     return exp2_approx(fmaf(score, scale, -shift));  // the product is not rounded
+}
+// log(sum of exp(score C^-0.5)), by which the backward pass finds every probability again:
+// exp(score C^-0.5 - it). A query that sees nothing has 0, and probabilities exp(NOTHING - 0) = 0.
+constexpr float LN_2 = 0.69314718f;
+__device__ __forceinline__ float log_sum_exp_of(float peak, float total) {
+    return total == 0.0f ? 0.0f : (peak + log2f(total)) * LN_2;
 }
 """
 
@@ -424,7 +433,7 @@ ATTENTION_TILED = ATTENTION_HEADER + r"""
 // queries: 128 operations per element, more than enough for the memory to keep up. The limit is the
 // float32 units. (Columns beyond 128 compute the scores anew: C = 256 costs 1.5 times as much.)
 template <typename E>
-__global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, E* __restrict__ output) {
+__global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, ATTENTION_OUTPUTS) {
     constexpr int TILE = 64, SLICE = 32, COLUMNS = 128, VALUES = 16;
     using Four = Vector<float, 4>;
     // 4 floats of padding per row: 8 rows then lie in 8 different groups of banks.
@@ -514,6 +523,8 @@ __global__ void __launch_bounds__(256) attention_tiled(ATTENTION_INPUTS, E* __re
     UNROLLED for (int i = 0; i < 4; i++) {
         const int s = q0 + 4 * ty + i;
         const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+        if (log_sum_exp && c0 == 0 && tx == 0 && s < S)
+            log_sum_exp[((long long)b * H + h) * S + s] = log_sum_exp_of(peak[i], total[i]);
         UNROLLED for (int j = 0; j < 8; j++) {
             const int c = c0 + 4 * tx + j % 4 + j / 4 * 64;
             if (s < S && c < C)
@@ -624,7 +635,7 @@ ATTENTION_TENSOR_CORES = ATTENTION_HEADER + TILES + r"""
 // Shared memory: (64 M + 4 KEYS) (C_PADDED + 8) 2 bytes, 80 KB at C = 96 and M = 2.
 template <typename E, int C_PADDED, int M>
 __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
-    ATTENTION_INPUTS, E* __restrict__ output) {
+    ATTENTION_INPUTS, ATTENTION_OUTPUTS) {
     constexpr int KEYS = C_PADDED <= 128 ? 64 : 32, QUERIES = 64 * M, STRIDE = C_PADDED + 8;
     extern __shared__ __align__(16) unsigned char shared[];
     E* queries = reinterpret_cast<E*>(shared);  // [QUERIES][STRIDE]
@@ -717,8 +728,8 @@ __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
     __syncwarp();
     UNROLLED for (int m = 0; m < M; m++)
         UNROLLED for (int i = 0; i < 2; i++) {
-            const float sum = sum_over_lanes<1, 4>(total[m][i]);
-            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+            total[m][i] = sum_over_lanes<1, 4>(total[m][i]);
+            const float inverse = total[m][i] == 0.0f ? 0.0f : 1.0f / total[m][i];
             E* row = queries + (row0 + 16 * m + g + 8 * i) * STRIDE;
             UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
                 *reinterpret_cast<Vector<E, 2>*>(row + 8 * n + 2 * t) = {
@@ -734,6 +745,14 @@ __global__ void __launch_bounds__(128, 2) attention_tensor_cores(
                     output + (((long long)b * S + s) * H + h) * C + c) =
                     *reinterpret_cast<const Vector<E, 8>*>(queries + row * STRIDE + c);
         }
+    if (log_sum_exp && t == 0)  // last, when registers are free
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int i = 0; i < 2; i++) {
+                const int s = q0 + row0 + 16 * m + g + 8 * i;
+                if (s < S)
+                    log_sum_exp[((long long)b * H + h) * S + s] =
+                        log_sum_exp_of(peak[m][i], total[m][i]);
+            }
 }
 """
 
@@ -874,7 +893,7 @@ attention_decode(ATTENTION_INPUTS, float* __restrict__ partial_mixed,
 template <typename E>
 __global__ void __launch_bounds__(256) attention_combine(
     const float* __restrict__ partial_mixed, const float* __restrict__ partial_sums,
-    E* __restrict__ output, int S, int H, int K, int C, int splits) {
+    ATTENTION_OUTPUTS, int S, int H, int K, int C, int splits) {
     const int G = H / K, rows = S * G, r = blockIdx.x % rows, k = blockIdx.x / rows % K;
     const long long b = blockIdx.x / rows / K;
     partial_mixed += (long long)blockIdx.x * splits * C;
@@ -890,6 +909,8 @@ __global__ void __launch_bounds__(256) attention_combine(
     if (threadIdx.x < C)
         output[((b * S + r / G) * H + k * G + r % G) * C + threadIdx.x] =
             from_float<E>(total == 0.0f ? 0.0f : x / total);
+    if (log_sum_exp && threadIdx.x == 0)
+        log_sum_exp[(b * H + k * G + r % G) * S + r / G] = log_sum_exp_of(highest, total);
 }
 """
 
@@ -902,31 +923,40 @@ BACKWARD_HEADER = ATTENTION_HEADER + r"""
 //     v' = p^T context'     p' = context' v^T     s' = p (p' - delta)     delta = sum of p p'
 //     q' = s' k / sqrt(C)   k' = s'^T q / sqrt(C)                         over the query's keys
 //
-// FlashAttention-2's scheme: p is not kept but computed again, a tile at a time, from what a query
-// knows of its whole row, `statistics`: float32, [B, H, 2, rows], S rounded up to 128 rows,
+// FlashAttention-2's scheme: p is not kept but computed again, a tile at a time, from each row's
+// log-sum-exp, which the forward has written. And delta, needed before the first s', is the sum of
+// context context' over the columns, as sum_t p_t p'_t = (sum_t p_t v_t) . context'.
 //
-//     [0]  the logarithm to the base 2 of the sum of exp(s), so that p is exp2(score scale - it)
+// In 16 bits that is an estimate, for context was rounded, and p in it. An error e of delta makes
+// q' wrong by e sum_t p_t k_t, which is large where all keys have a part in common, and all values:
+// with parts three times their spread, 12 times the error of all other roundings (it has ended the
+// training of models: Qiu and Yao). But e is known in the end, as sum_t p_t (p'_t - delta), which
+// would be 0. So the first kernel sums it, and the `mean` of the keys, sum_t p_t k_t; then it adds
+// e to delta, and takes e mean from q'. What the second reads of each query are two float32,
+// `statistics`, [B, H, 2, rows], S rounded up to 64 rows:
+//
+//     [0]  the log-sum-exp to the base 2, so that p is exp2(score scale - it)
 //     [1]  delta
 //
 // Two kernels, so that every gradient is summed in the registers of one block, in a fixed order,
 // and nothing is added in memory:
 //
 //              keys     0..63  64..127  128..191
-//     queries   0..63  [ \   ]                     1. a block owns a row of tiles. It walks along
-//     queries  64..127 [     ][ \    ]                them twice, for the statistics and for q'
+//     queries   0..63  [ \   ]                     1. a block owns a row of tiles: it walks along
+//     queries  64..127 [     ][ \    ]                them, for q' and delta
 //     queries 128..191 [     ][      ][ \     ]    2. a block owns a column of tiles: it walks down
 //                                                     them, through all G heads that share its
 //                                                     keys, for k' and v'
 //
 // The work that must be done is five products: 10 C operations per visible (query, key) pair, 2.5
-// times the forward's. These two kernels do nine: scores and p' are computed for the statistics,
-// for q', and for k' and v': 18 C. (With statistics from the forward, and delta as the sum of
-// context context' over the columns, it would be 14 C.) Queries that see nothing have p = 0, and
-// so have keys that nobody sees: their gradients are zeros.
+// times the forward's. These kernels do eight, 8 C + 8 C = 16 C: scores and p' twice, and the mean
+// (not in float32, which needs none: 14 C). The second could sum q', too, but of its 64 keys only:
+// 8 C bytes per query, float32 written and read, in the place of 256 C operations. That is 32 per
+// byte, where a GPU could do hundreds. Queries that see nothing have p = 0, and so have keys that
+// nobody sees: their gradients are zeros.
 #define BACKWARD_INPUTS ATTENTION_INPUTS, const E* __restrict__ gradient, \
     long long gradient_b, long long gradient_s, long long gradient_h, \
     float* __restrict__ statistics, int rows
-constexpr float LN_2 = 0.69314718f;  // scale is C^-0.5 / LN_2
 """
 
 ATTENTION_BACKWARD_TILED = BACKWARD_HEADER + r"""
@@ -936,10 +966,10 @@ ATTENTION_BACKWARD_TILED = BACKWARD_HEADER + r"""
 // 4 tx + 64 j ... In the first kernel the block owns queries, in the second keys: there all tiles
 // are transposed, and the code is the same.
 //
-// Own and other rows come from the caches, for each tile of 64 x 64 again: 256 C elements for the
-// 16384 C operations of the first walk, 320 C for 24576 C of the second, 384 C for 32768 C in the
-// second kernel. That is 64 to 85 operations per element: the limit is the float32 units. (Columns
-// beyond 128 compute scores and p' anew.)
+// Own and other rows come from the caches, for each tile of 64 x 64 again: 320 C elements for the
+// 24576 C operations of the first kernel (in float32), 384 C for 32768 C of the second. That is 77
+// and 85 operations per element: the limit is the float32 units. (Columns beyond 128 compute scores
+// and p' anew.)
 constexpr int TILE = 64, SLICE = 32, COLUMNS = 128, PART = 16;
 struct Shared {  // 4 floats of padding per row: 8 rows then lie in 8 different groups of banks
     float own[TILE][SLICE + 4], other[TILE][SLICE + 4];
@@ -1024,7 +1054,8 @@ void write_rows(E* start, long long stride, int count, const float (&sum)[4][8],
 
 template <typename E>
 __global__ void __launch_bounds__(256) query_gradient_tiled(
-    BACKWARD_INPUTS, E* __restrict__ d_query) {
+    BACKWARD_INPUTS, const E* __restrict__ context, const float* __restrict__ log_sum_exp,
+    E* __restrict__ d_query) {
     __shared__ __align__(16) Shared shared;
     const int chunks = (C + COLUMNS - 1) / COLUMNS;
     const int q0 = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest rows begin first
@@ -1042,56 +1073,45 @@ __global__ void __launch_bounds__(256) query_gradient_tiled(
     const int offset = T - S;  // the position of query 0
     const int end = offset + (q0 + TILE < S ? q0 + TILE : S);  // no query of the tile sees past it
     const int from = offset + q0 - window + 1, first = from > 0 ? from / TILE * TILE : 0;
-    float peak[4] = {NOTHING, NOTHING, NOTHING, NOTHING}, total[4] = {}, delta[4] = {};
-    float log_sum[4] = {}, sum[4][8] = {};
-
-    for (int pass = 0; pass < 2; pass++) {
-        for (int t0 = first; t0 < end; t0 += TILE) {
-            float score[4][4], d_p[4][4];
-            multiply_rows(score, queries, Rows<E>{key + t0 * key_t, key_t, T - t0}, C, shared);
-            multiply_rows(d_p, gradients, Rows<E>{value + t0 * value_t, value_t, T - t0}, C,
-                          shared);
-            UNROLLED for (int i = 0; i < 4; i++)
-                UNROLLED for (int j = 0; j < 4; j++) {
-                    const int t = t0 + tx + 16 * j, distance = offset + q0 + 4 * ty + i - t;
-                    if (distance < 0 || distance >= window || t >= T || (has_mask && !mask[t]))
-                        score[i][j] = NOTHING;
-                }
-            if (pass == 0) {  // the online softmax of the forward; delta is mixed as a value is
-                UNROLLED for (int i = 0; i < 4; i++) {
-                    float highest = NOTHING;
-                    UNROLLED for (int j = 0; j < 4; j++) highest = fmaxf(highest, score[i][j]);
-                    const Rescaling r =
-                        raise_peak(peak[i], highest_over_lanes<1, 16>(highest) * scale);
-                    float weights = 0.0f, mixed = 0.0f;
-                    UNROLLED for (int j = 0; j < 4; j++) {
-                        const float weight = weight_of(score[i][j], scale, r.shift);
-                        weights += weight;
-                        mixed += weight * d_p[i][j];
-                    }
-                    total[i] = total[i] * r.shrink + sum_over_lanes<1, 16>(weights);
-                    delta[i] = delta[i] * r.shrink + sum_over_lanes<1, 16>(mixed);
-                }
-            } else {
-                UNROLLED for (int i = 0; i < 4; i++)
-                    UNROLLED for (int j = 0; j < 4; j++)  // scores become s'
-                        score[i][j] = weight_of(score[i][j], scale, log_sum[i])
-                            * (d_p[i][j] - delta[i]);
-                add_weighted_rows(sum, score, Rows<E>{key + t0 * key_t, key_t, T - t0}, c0, C,
-                                  shared);
-            }
+    float log_sum[4] = {}, delta[4] = {}, error[4] = {};  // error: sum_t p_t (p'_t - delta)
+    float sum[4][8] = {}, mean[4][8] = {};
+    context += ((b * S + q0) * H + h) * C;
+    log_sum_exp += (b * H + h) * S + q0;
+    UNROLLED for (int i = 0; i < 4; i++) {
+        const int row = 4 * ty + i;
+        if (q0 + row < S) {
+            log_sum[i] = log_sum_exp[row] / LN_2;
+            for (int c = tx; c < C; c += 16)
+                delta[i] += to_float(context[(long long)row * H * C + c])
+                    * to_float(gradients.start[row * gradient_s + c]);
         }
-        if (pass == 0) {
-            UNROLLED for (int i = 0; i < 4; i++) {
-                if (total[i] != 0.0f) {  // else the query sees nothing, and all its p are 0
-                    log_sum[i] = peak[i] + log2f(total[i]);
-                    delta[i] /= total[i];
-                }
-                if (c0 == 0 && tx == 0) {
-                    statistics[4 * ty + i] = log_sum[i];
-                    statistics[rows + 4 * ty + i] = delta[i];
-                }
+        delta[i] = sum_over_lanes<1, 16>(delta[i]);
+    }
+
+    for (int t0 = first; t0 < end; t0 += TILE) {
+        const Rows<E> keys = {key + t0 * key_t, key_t, T - t0};
+        const Rows<E> values = {value + t0 * value_t, value_t, T - t0};
+        float p[4][4], d_s[4][4];  // at first scores and p'
+        multiply_rows(p, queries, keys, C, shared);
+        multiply_rows(d_s, gradients, values, C, shared);
+        UNROLLED for (int i = 0; i < 4; i++)
+            UNROLLED for (int j = 0; j < 4; j++) {
+                const int t = t0 + tx + 16 * j, distance = offset + q0 + 4 * ty + i - t;
+                const bool seen = distance >= 0 && distance < window && t < T
+                    && (!has_mask || mask[t]);
+                p[i][j] = weight_of(seen ? p[i][j] : NOTHING, scale, log_sum[i]);
+                d_s[i][j] = p[i][j] * (d_s[i][j] - delta[i]);
+                error[i] += d_s[i][j];
             }
+        add_weighted_rows(sum, d_s, keys, c0, C, shared);
+        if constexpr (sizeof(E) == 2) add_weighted_rows(mean, p, keys, c0, C, shared);
+    }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        error[i] = sum_over_lanes<1, 16>(error[i]);
+        UNROLLED for (int j = 0; j < 8; j++) sum[i][j] -= error[i] * mean[i][j];
+        if (c0 == 0 && tx == 0) {
+            statistics[4 * ty + i] = log_sum[i];
+            statistics[rows + 4 * ty + i] = delta[i] + error[i];
         }
     }
     write_rows(d_query + ((b * S + q0) * H + h) * C, (long long)H * C, S - q0, sum, scale * LN_2,
@@ -1133,7 +1153,7 @@ __global__ void __launch_bounds__(256) key_value_gradients_tiled(
                     const int distance = offset + q0 + q - t;
                     const bool seen = distance >= 0 && distance < window && t < T
                         && (!has_mask || mask[t]);
-                    p[i][j] = seen ? weight_of(p[i][j], scale, log_sum[q]) : 0.0f;
+                    p[i][j] = weight_of(seen ? p[i][j] : NOTHING, scale, log_sum[q]);
                     d_s[i][j] = p[i][j] * (d_s[i][j] - delta[q]);
                 }
             add_weighted_rows(d_v, p, gradients, c0, C, shared);
@@ -1150,43 +1170,41 @@ __global__ void __launch_bounds__(256) key_value_gradients_tiled(
 
 ATTENTION_BACKWARD_TENSOR_CORES = BACKWARD_HEADER + TILES + r"""
 // The derivative for 16-bit types (sm_80 and newer), C up to 128. Warps, tiles and copies are those
-// of `attention_tensor_cores`: one of a block's 4 warps has 16 M of the block's own rows to itself,
+// of `attention_tensor_cores`: one of a block's 4 warps has 16 of the block's own rows to itself,
 // and the others pass by in two buffers. In the first kernel own rows are queries, in the second
 // keys, whose tiles of scores are transposed. Then both kernels are the same two products,
 //
 //     [own, others] = own rows . other rows            scores, p'       (multiply_rows)
 //     [own, C] += [own, others] other rows             q', k', v'       (add_weighted_rows)
 //
-//     1. own  query | context'    others  key   | value           q' += s' key
-//     2. own  key   | value       others  query | context'        k' += s'^T query
-//                                                                 v' += p^T context'
+//     1. own  query | context'    others  key   | value           q'   += s' key
+//                                                                 mean += p  key
+//     2. own  key   | value       others  query | context'        k'   += s'^T query
+//                                                                 v'   += p^T context'
 //
 // and what mma returns is, rounded to 16 bits, the left operand that it takes: p and s' never leave
 // the registers, no tile is transposed in memory, and no sum crosses a warp.
 //
-// Per other row, 4 C bytes of it serve 4 C 64 M and 6 C 64 M operations in the first kernel's two
-// walks, and 8 C 64 in the second (M = 1: two gradients fill its registers): 128 operations per
-// byte or more with M = 2, which the L2 cache can feed. The limit is the tensor cores, and next to
-// them shared memory: with M = 1 an mma needs 256 bytes of right operand for 4096 operations.
+// Per other row, 4 C bytes of it serve 8 C 64 operations: 128 per byte, which the L2 cache can
+// feed. (Two sums of C columns fill a warp's registers: hence 64 own rows, and not 128.) The limit
+// is the tensor cores, and next to them shared memory: an mma of 4096 operations needs 256 bytes of
+// right operand, which s' and p share in the first kernel.
 //
-// Shared memory: (128 M + 4 OTHERS) (C_PADDED + 8) 2 bytes, and statistics in the second kernel.
+// Shared memory: (128 + 4 OTHERS) (C_PADDED + 8) 2 bytes, and statistics in the second kernel.
 
 // Write a warp's rows of a gradient, times a factor, by way of its own rows of a tile.
-template <typename E, int C_PADDED, int M> __device__ __forceinline__
+template <typename E, int C_PADDED> __device__ __forceinline__
 void write_rows(E* start, long long stride, int count, int C,
-                const float (&sum)[M][C_PADDED / 8][4], float factor, E* own) {
+                const float (&sum)[C_PADDED / 8][4], float factor, E* own) {
     constexpr int STRIDE = C_PADDED + 8;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     __syncwarp();
-    UNROLLED for (int m = 0; m < M; m++)
-        UNROLLED for (int i = 0; i < 2; i++)
-            UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
-                *reinterpret_cast<Vector<E, 2>*>(
-                    own + (16 * m + g + 8 * i) * STRIDE + 8 * n + 2 * t) = {
-                    from_float<E>(sum[m][n][2 * i] * factor),
-                    from_float<E>(sum[m][n][2 * i + 1] * factor)};
+    UNROLLED for (int i = 0; i < 2; i++)
+        UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
+            *reinterpret_cast<Vector<E, 2>*>(own + (g + 8 * i) * STRIDE + 8 * n + 2 * t) = {
+                from_float<E>(sum[n][2 * i] * factor), from_float<E>(sum[n][2 * i + 1] * factor)};
     __syncwarp();
-    UNROLLED for (int i = 0; i < 16 * M; i += 4)
+    UNROLLED for (int i = 0; i < 16; i += 4)
         UNROLLED for (int j = 0; j < C_PADDED; j += 64) {
             const int row = i + lane / 8, c = j + lane % 8 * 8;
             if (row < count && c < C)
@@ -1195,11 +1213,11 @@ void write_rows(E* start, long long stride, int count, int C,
         }
 }
 
-template <typename E, int C_PADDED, int M>
+template <typename E, int C_PADDED>
 __global__ void __launch_bounds__(128, 2) query_gradient_tensor_cores(
-    BACKWARD_INPUTS, E* __restrict__ d_query) {
-    constexpr int KEYS = M == 1 && C_PADDED <= 96 ? 64 : 32, QUERIES = 64 * M;
-    constexpr int STRIDE = C_PADDED + 8;
+    BACKWARD_INPUTS, const E* __restrict__ context, const float* __restrict__ log_sum_exp,
+    E* __restrict__ d_query) {
+    constexpr int QUERIES = 64, KEYS = C_PADDED <= 96 ? 64 : 32, STRIDE = C_PADDED + 8;
     extern __shared__ __align__(16) unsigned char shared[];
     E* queries = reinterpret_cast<E*>(shared);  // [QUERIES][STRIDE]
     E* gradients = queries + QUERIES * STRIDE;
@@ -1217,55 +1235,55 @@ __global__ void __launch_bounds__(128, 2) query_gradient_tensor_cores(
 
     const int offset = T - S;  // the position of query 0
     const int end = offset + (q0 + QUERIES < S ? q0 + QUERIES : S);
-    const int from = offset + q0 - window + 1, first = from > 0 ? from / KEYS * KEYS : 0;
-    const int tiles = (end - first + KEYS - 1) / KEYS;
-    const int row0 = warp * 16 * M;  // the warp's queries: q0 + row0 ..., at positions lowest ...
+    const int from = offset + q0 - window + 1;
+    const int row0 = warp * 16;  // the warp's queries: q0 + row0 ..., at positions lowest ...
     const int lowest = offset + q0 + row0;
-    const int highest = (lowest + 16 * M < end ? lowest + 16 * M : end) - 1;
-    statistics += (b * H + h) * 2 * rows + q0 + row0;
+    const int highest = (lowest + 16 < end ? lowest + 16 : end) - 1;
 
-    auto copy_keys_and_values = [&](int i) {  // i runs through the tiles twice
-        const int t0 = first + i % tiles * KEYS;
-        E* tile = buffers + i % 2 * 2 * KEYS * STRIDE;
+    auto copy_keys_and_values = [&](int t0, int buffer) {
+        E* tile = buffers + buffer * 2 * KEYS * STRIDE;
         copy_tile<E, KEYS, C_PADDED>(tile, key + t0 * key_t, key_t, T - t0, C);
         copy_tile<E, KEYS, C_PADDED>(
             tile + KEYS * STRIDE, value + t0 * value_t, value_t, T - t0, C);
         cp_async_commit();
     };
+    int t0 = from > 0 ? from / KEYS * KEYS : 0, buffer = 0;
     copy_tile<E, QUERIES, C_PADDED>(queries, query, query_s, S - q0, C);
     copy_tile<E, QUERIES, C_PADDED>(gradients, gradient, gradient_s, S - q0, C);
-    copy_keys_and_values(0);
+    copy_keys_and_values(t0, buffer);
 
-    // [.][2]: rows g and g + 8. Until all keys have passed, log_sum is the peak of the scores.
-    float log_sum[M][2], delta[M][2] = {}, total[M][2] = {}, sum[M][C_PADDED / 8][4] = {};
-    UNROLLED for (int m = 0; m < M; m++) log_sum[m][0] = log_sum[m][1] = NOTHING;
+    // [2]: rows g and g + 8, each spread over 4 lanes, which read 64 neighbouring bytes.
+    float log_sum[2] = {}, delta[2] = {}, error[2] = {};  // error: sum_t p_t (p'_t - delta)
+    context += ((b * S + q0) * H + h) * C;
+    log_sum_exp += (b * H + h) * S + q0;
+    UNROLLED for (int r = 0; r < 2; r++) {
+        const int row = row0 + g + 8 * r;
+        if (q0 + row < S) {
+            log_sum[r] = log_sum_exp[row] / LN_2;
+            for (int c = 8 * t; c < C; c += 32) {
+                const auto x = *reinterpret_cast<const Vector<E, 8>*>(
+                    context + (long long)row * H * C + c);
+                const auto d_x = *reinterpret_cast<const Vector<E, 8>*>(
+                    gradient + row * gradient_s + c);
+                UNROLLED for (int n = 0; n < 8; n++)
+                    delta[r] += to_float(x.element[n]) * to_float(d_x.element[n]);
+            }
+        }
+        delta[r] = sum_over_lanes<1, 4>(delta[r]);
+    }
 
-    for (int i = 0; i < 2 * tiles; i++) {
+    float sums[2][C_PADDED / 8][4] = {};  // q' and the mean key
+    for (; t0 < end; t0 += KEYS, buffer ^= 1) {
         cp_async_wait<0>();
         __syncthreads();  // this tile is there for everyone, and everyone has left the other one
-        if (i + 1 < 2 * tiles) copy_keys_and_values(i + 1);
-        if (i == tiles) {  // the statistics are complete, but for the sum over a row's 4 lanes
-            UNROLLED for (int m = 0; m < M; m++)
-                UNROLLED for (int r = 0; r < 2; r++) {
-                    const float all = sum_over_lanes<1, 4>(total[m][r]);
-                    const float mixed = sum_over_lanes<1, 4>(delta[m][r]);
-                    // A query that sees nothing has p = 0 by its scores.
-                    log_sum[m][r] = all == 0.0f ? 0.0f : log_sum[m][r] + log2f(all);
-                    delta[m][r] = all == 0.0f ? 0.0f : mixed / all;
-                    if (t == 0) {
-                        statistics[16 * m + g + 8 * r] = log_sum[m][r];
-                        statistics[rows + 16 * m + g + 8 * r] = delta[m][r];
-                    }
-                }
-        }
-        const int t0 = first + i % tiles * KEYS;
+        if (t0 + KEYS < end) copy_keys_and_values(t0 + KEYS, buffer ^ 1);
         if (t0 > highest || t0 + KEYS <= lowest - window + 1) continue;  // nothing for this warp
-        const E* keys = buffers + i % 2 * 2 * KEYS * STRIDE;
+        const E* keys = buffers + buffer * 2 * KEYS * STRIDE;
         const E* values = keys + KEYS * STRIDE;
 
-        float score[M][KEYS / 8][4], d_p[M][KEYS / 8][4];
-        multiply_rows<E, C_PADDED, M, KEYS>(score, queries + row0 * STRIDE, keys);
-        multiply_rows<E, C_PADDED, M, KEYS>(d_p, gradients + row0 * STRIDE, values);
+        float p[1][KEYS / 8][4], d_p[1][KEYS / 8][4], weights[2][KEYS / 8][4];
+        multiply_rows<E, C_PADDED, 1, KEYS>(p, queries + row0 * STRIDE, keys);  // at first scores
+        multiply_rows<E, C_PADDED, 1, KEYS>(d_p, gradients + row0 * STRIDE, values);
 
         // The padding of a tile's keys, as bits: bit i of seen[n] is key t0 + 32 n + i.
         uint32_t seen[KEYS / 32];
@@ -1277,51 +1295,43 @@ __global__ void __launch_bounds__(128, 2) query_gradient_tensor_cores(
             partly = partly || seen[n] != 0xffffffff;
         }
         if (partly) {
-            UNROLLED for (int m = 0; m < M; m++)
-                UNROLLED for (int n = 0; n < KEYS / 8; n++)
-                    UNROLLED for (int e = 0; e < 4; e++) {
-                        const int column = 8 * n + 2 * t + e % 2;
-                        const int distance = lowest + 16 * m + g + e / 2 * 8 - (t0 + column);
-                        if (distance < 0 || distance >= window
-                            || !(seen[n / 4] >> (column % 32) & 1))
-                            score[m][n][e] = NOTHING;
-                    }
-        }
-
-        if (i < tiles) {  // the online softmax of the forward; delta is mixed as a value is
-            UNROLLED for (int m = 0; m < M; m++)
-                UNROLLED for (int r = 0; r < 2; r++) {
-                    float high = NOTHING;
-                    UNROLLED for (int n = 0; n < KEYS / 8; n++)
-                        high = fmaxf(high, fmaxf(score[m][n][2 * r], score[m][n][2 * r + 1]));
-                    const Rescaling to =
-                        raise_peak(log_sum[m][r], highest_over_lanes<1, 4>(high) * scale);
-                    total[m][r] *= to.shrink;
-                    delta[m][r] *= to.shrink;
-                    UNROLLED for (int n = 0; n < KEYS / 8; n++)
-                        UNROLLED for (int e = 2 * r; e < 2 * r + 2; e++) {
-                            const float weight = weight_of(score[m][n][e], scale, to.shift);
-                            total[m][r] += weight;
-                            delta[m][r] += weight * d_p[m][n][e];
-                        }
+            UNROLLED for (int n = 0; n < KEYS / 8; n++)
+                UNROLLED for (int e = 0; e < 4; e++) {
+                    const int column = 8 * n + 2 * t + e % 2;
+                    const int distance = lowest + g + e / 2 * 8 - (t0 + column);
+                    if (distance < 0 || distance >= window || !(seen[n / 4] >> (column % 32) & 1))
+                        p[0][n][e] = NOTHING;
                 }
-        } else {
-            UNROLLED for (int m = 0; m < M; m++)
-                UNROLLED for (int n = 0; n < KEYS / 8; n++)
-                    UNROLLED for (int e = 0; e < 4; e++)  // scores become s'
-                        score[m][n][e] = weight_of(score[m][n][e], scale, log_sum[m][e / 2])
-                            * (d_p[m][n][e] - delta[m][e / 2]);
-            add_weighted_rows<E, C_PADDED, M, KEYS>(sum, score, keys);
+        }
+        UNROLLED for (int n = 0; n < KEYS / 8; n++)
+            UNROLLED for (int e = 0; e < 4; e++) {
+                weights[1][n][e] = weight_of(p[0][n][e], scale, log_sum[e / 2]);
+                weights[0][n][e] = weights[1][n][e] * (d_p[0][n][e] - delta[e / 2]);
+                error[e / 2] += weights[0][n][e];
+            }
+        add_weighted_rows<E, C_PADDED, 2, KEYS>(sums, weights, keys);  // s' and p
+    }
+
+    float d_q[C_PADDED / 8][4];
+    statistics += (b * H + h) * 2 * rows + q0;
+    UNROLLED for (int r = 0; r < 2; r++) {
+        error[r] = sum_over_lanes<1, 4>(error[r]);
+        UNROLLED for (int n = 0; n < C_PADDED / 8; n++)
+            UNROLLED for (int e = 2 * r; e < 2 * r + 2; e++)
+                d_q[n][e] = sums[0][n][e] - error[r] * sums[1][n][e];
+        if (t == 0) {
+            statistics[row0 + g + 8 * r] = log_sum[r];
+            statistics[rows + row0 + g + 8 * r] = delta[r] + error[r];
         }
     }
-    write_rows<E, C_PADDED, M>(d_query + ((b * S + q0 + row0) * H + h) * C, (long long)H * C,
-                               S - q0 - row0, C, sum, scale * LN_2, queries + row0 * STRIDE);
+    write_rows<E, C_PADDED>(d_query + ((b * S + q0 + row0) * H + h) * C, (long long)H * C,
+                            S - q0 - row0, C, d_q, scale * LN_2, queries + row0 * STRIDE);
 }
 
 template <typename E, int C_PADDED>
 __global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
     BACKWARD_INPUTS, E* __restrict__ d_key, E* __restrict__ d_value) {
-    constexpr int KEYS = 64, QUERIES = C_PADDED <= 64 ? 64 : 32, STRIDE = C_PADDED + 8;
+    constexpr int KEYS = 64, QUERIES = C_PADDED <= 96 ? 64 : 32, STRIDE = C_PADDED + 8;
     extern __shared__ __align__(16) unsigned char shared[];
     E* keys = reinterpret_cast<E*>(shared);  // [KEYS][STRIDE]
     E* values = keys + KEYS * STRIDE;
@@ -1406,10 +1416,10 @@ __global__ void __launch_bounds__(128, 2) key_value_gradients_tensor_cores(
     }
 
     const long long start = ((b * T + lowest) * K + k) * C, stride = (long long)K * C;
-    write_rows<E, C_PADDED, 1>(d_key + start, stride, T - lowest, C, d_k, scale * LN_2,
-                               keys + row0 * STRIDE);
-    write_rows<E, C_PADDED, 1>(d_value + start, stride, T - lowest, C, d_v, 1.0f,
-                               values + row0 * STRIDE);
+    write_rows<E, C_PADDED>(d_key + start, stride, T - lowest, C, d_k[0], scale * LN_2,
+                            keys + row0 * STRIDE);
+    write_rows<E, C_PADDED>(d_value + start, stride, T - lowest, C, d_v[0], 1.0f,
+                            values + row0 * STRIDE);
 }
 """
 
@@ -1714,7 +1724,7 @@ TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  
 # decode kernel with the blocks that a multiprocessor's registers hold (its __launch_bounds__).
 TENSOR_CORE_TILES = [(C, M) for C in (32, 64, 80, 96, 128, 160, 192, 256) for M in (1, 2)
                      if M == 1 or C <= 128]
-BACKWARD_TILES = [(C, M) for C in (32, 64, 96, 128) for M in (1, 2)]  # of the query's gradient
+BACKWARD_COLUMNS = (32, 64, 96, 128)  # C_PADDED of its derivative
 DECODE_BLOCKS = {(64, 1): 4, (64, 4): 3, (64, 8): 2, (128, 1): 4, (128, 4): 3, (128, 8): 2,
                  (256, 1): 4, (256, 4): 2}
 LINEAR_ROWS = (1, 2, 4, 8)
@@ -1742,11 +1752,9 @@ def instances():
         if E != "float":
             found += [(ATTENTION_TENSOR_CORES, f"attention_tensor_cores<{E}, {C}, {M}>")
                       for C, M in TENSOR_CORE_TILES]
-            source = ATTENTION_BACKWARD_TENSOR_CORES
-            found += [(source, f"query_gradient_tensor_cores<{E}, {C}, {M}>")
-                      for C, M in BACKWARD_TILES]
-            found += [(source, f"key_value_gradients_tensor_cores<{E}, {C}>")
-                      for C, M in BACKWARD_TILES if M == 1]
+            found += [(ATTENTION_BACKWARD_TENSOR_CORES, f"{name}_tensor_cores<{E}, {C}>")
+                      for name in ("query_gradient", "key_value_gradients")
+                      for C in BACKWARD_COLUMNS]
     return found
 
 
@@ -1819,7 +1827,7 @@ def load_cupy():
     return cupy
 
 
-def check_array(name, array, shape, like=None):
+def check_array(name, array, shape, like=None, dtype=None):
     """Check an array's type, its shape (None: any) and, if given, that it matches the array `like`.
 
     Args:
@@ -1827,6 +1835,7 @@ def check_array(name, array, shape, like=None):
         array: what was passed.
         shape: tuple of int or None.
         like: array whose device `array` must share, and whose dtype, unless `array` is a mask.
+        dtype: str, what it must be of in the place of the dtype of `like`; or None.
     """
     require(array_module is not None, f"The kernels need CuPy and an NVIDIA GPU: {INSTALL}",
             ImportError)
@@ -1842,7 +1851,7 @@ def check_array(name, array, shape, like=None):
                 f"Received: {here}")
     if name == "padding_mask":
         return
-    dtypes = " or ".join(TYPES) if like is None else like.dtype.name
+    dtypes = dtype or (" or ".join(TYPES) if like is None else like.dtype.name)
     require(array.dtype.name in dtypes.split(" or "),
             f"`{name}` must be of dtype {dtypes}. Received: {array.dtype}")
     require(array.size == 0 or array.shape[-1] == 1 or array.strides[-1] == array.itemsize,
@@ -1955,7 +1964,7 @@ def attention_inputs(query, key, value, padding_mask, sliding_window):
             *map(np.int32, (S, T, H, K, C, window)), scale)
 
 
-def attention(query, key, value, padding_mask=None, sliding_window=None):
+def attention(query, key, value, padding_mask=None, sliding_window=None, log_sum_exp=None):
     """Causal grouped-query attention that never holds the score matrix: phi3_ref's `attention`.
 
     Args:
@@ -1965,12 +1974,18 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
         value: [B, T, K, C].
         padding_mask: [B, T], bool or 0/1, or None; keys with 0 are seen by nobody.
         sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
+        log_sum_exp: [B, H, S], float32, contiguous, to be filled with log(sum(exp(score))) over the
+            keys that a query sees, 0 where it sees none; or None.
 
     Returns:
         [B, S, H, C], contiguous, in the dtype of `query`. Rows that see no key are zero.
     """
     inputs = attention_inputs(query, key, value, padding_mask, sliding_window)
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
+    if log_sum_exp is not None:
+        check_array("log_sum_exp", log_sum_exp, (B, H, S), query, "float32")
+        require(log_sum_exp.flags.c_contiguous, "`log_sum_exp` must be contiguous, as it is "
+                f"written. Received: strides {log_sum_exp.strides}")
     output = array_module.empty((B, S, H, C), query.dtype)
     if output.size == 0:
         return output
@@ -1978,6 +1993,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
     E, G = TYPES[query.dtype.name], H // K
     capability, multiprocessors, shared_memory = gpu_limits()
     fast = C <= 256 and in_vectors(query, key, value)
+    outputs = output, np.uint64(0) if log_sum_exp is None else log_sum_exp  # 0: a null pointer
 
     if fast and S <= 8:
         columns = next(columns for columns in (64, 128, 256) if columns >= C)
@@ -1995,7 +2011,7 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
             (splits, heads, B), (128,), (*inputs, mixed, sums, np.int32(per_split)))
         load_kernel(ATTENTION_DECODE, f"attention_combine<{E}>")(
             (B * K * S * G,), (32 * divide_up(C, 32),),
-            (mixed, sums, output, *map(np.int32, (S, H, K, C, splits))))
+            (mixed, sums, *outputs, *map(np.int32, (S, H, K, C, splits))))
         return output
 
     if fast and query.itemsize == 2 and capability >= 80:
@@ -2006,20 +2022,23 @@ def attention(query, key, value, padding_mask=None, sliding_window=None):
             enough = M == 1 or tiles * H * B >= 2 * multiprocessors
             if (padded, M) in TENSOR_CORE_TILES and enough and shared <= shared_memory:
                 load_kernel(ATTENTION_TENSOR_CORES, f"attention_tensor_cores<{E}, {padded}, {M}>")(
-                    (tiles, H, B), (128,), (*inputs, output), shared_mem=shared)
+                    (tiles, H, B), (128,), (*inputs, *outputs), shared_mem=shared)
                 return output
 
     load_kernel(ATTENTION_TILED, f"attention_tiled<{E}>")(
-        (divide_up(S, 64), H * divide_up(C, 128), B), (256,), (*inputs, output))
+        (divide_up(S, 64), H * divide_up(C, 128), B), (256,), (*inputs, *outputs))
     return output
 
 
-def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None):
+def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None,
+                       context=None, log_sum_exp=None):
     """Return the gradients of attention's query, key and value: phi3_ref's `attention_backward`.
 
     Args:
         gradient: [B, S, H, C], that of the result, in the dtype of `query`.
         query, key, value, padding_mask, sliding_window: as for `attention`.
+        context: [B, S, H, C], what `attention` has returned, in the dtype of `query`.
+        log_sum_exp: [B, H, S], float32, what it has filled. Without the two it is called again.
 
     Returns:
         [B, S, H, C], [B, T, K, C] and [B, T, K, C], contiguous, in the dtype of `query`; summed in
@@ -2033,33 +2052,35 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
     if key.size == 0:
         return d_query, d_key, d_value
 
-    E, rows = TYPES[query.dtype.name], 128 * divide_up(S, 128)
+    if context is None or log_sum_exp is None:
+        log_sum_exp = array_module.empty((B, H, S), np.float32)
+        context = attention(query, key, value, padding_mask, sliding_window, log_sum_exp)
+    check_array("context", context, query.shape, like=query)
+    check_array("log_sum_exp", log_sum_exp, (B, H, S), query, "float32")
+    context, log_sum_exp = map(array_module.ascontiguousarray, (context, log_sum_exp))
+    E, rows = TYPES[query.dtype.name], 64 * divide_up(S, 64)
     statistics = array_module.empty((B, H, 2, rows), np.float32)
     inputs += (gradient, *(np.int64(stride // query.itemsize) for stride in gradient.strides[:3]),
                statistics, np.int32(rows))
-    capability, multiprocessors, shared_memory = gpu_limits()
 
-    if (query.itemsize == 2 and capability >= 80 and C <= 128
-            and in_vectors(gradient, query, key, value)):
-        padded = next(columns for columns, _ in BACKWARD_TILES if columns >= C)
-        source, row = ATTENTION_BACKWARD_TENSOR_CORES, (padded + 8) * 2  # bytes in shared memory
-        # 128 queries per block if there is work for all with so few, and room; else 64.
-        enough = divide_up(S, 128) * H * B >= 2 * multiprocessors
-        M = 2 if enough and (256 + 4 * 32) * row <= shared_memory else 1
-        owns_queries = (128 * M + 4 * (64 if M == 1 and padded <= 96 else 32)) * row
-        queries = 64 if padded <= 64 else 32
-        owns_keys = (128 + 4 * queries) * row + 4 * queries * 4
+    if (query.itemsize == 2 and gpu_limits()[0] >= 80 and C <= 128
+            and in_vectors(gradient, query, key, value, context)):
+        padded = next(columns for columns in BACKWARD_COLUMNS if columns >= C)
+        source, others = ATTENTION_BACKWARD_TENSOR_CORES, 64 if padded <= 96 else 32
+        shared = (128 + 4 * others) * (padded + 8) * 2
         if query.size:
-            load_kernel(source, f"query_gradient_tensor_cores<{E}, {padded}, {M}>")(
-                (divide_up(S, 64 * M), H, B), (128,), (*inputs, d_query), shared_mem=owns_queries)
+            load_kernel(source, f"query_gradient_tensor_cores<{E}, {padded}>")(
+                (divide_up(S, 64), H, B), (128,), (*inputs, context, log_sum_exp, d_query),
+                shared_mem=shared)
         load_kernel(source, f"key_value_gradients_tensor_cores<{E}, {padded}>")(
-            (divide_up(T, 64), K, B), (128,), (*inputs, d_key, d_value), shared_mem=owns_keys)
+            (divide_up(T, 64), K, B), (128,), (*inputs, d_key, d_value),
+            shared_mem=shared + 4 * others * 4)
         return d_query, d_key, d_value
 
     chunks = divide_up(C, 128)
     if query.size:
         load_kernel(ATTENTION_BACKWARD_TILED, f"query_gradient_tiled<{E}>")(
-            (divide_up(S, 64), H * chunks, B), (256,), (*inputs, d_query))
+            (divide_up(S, 64), H * chunks, B), (256,), (*inputs, context, log_sum_exp, d_query))
     load_kernel(ATTENTION_BACKWARD_TILED, f"key_value_gradients_tiled<{E}>")(
         (divide_up(T, 64), K * chunks, B), (256,), (*inputs, d_key, d_value))
     return d_query, d_key, d_value

@@ -458,7 +458,7 @@ def textbook_attention(query, key, value, padding_mask=None, sliding_window=None
 
 
 def textbook_attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None,
-                                tap=no_tap, probabilities=None):
+                                tap=no_tap, tape=()):
     """Return the gradients of attention's query, key and value, each like it.
 
     It was s = q k^T / C^(1/2), p = softmax(s), context = p v. As in `linear`, v' = p^T context',
@@ -469,24 +469,23 @@ def textbook_attention_backward(gradient, query, key, value, padding_mask=None, 
         gradient: [B, S, H, C], that of the result.
         query, key, value, padding_mask, sliding_window: as for `textbook_attention`.
         tap: called with the gradients of "probabilities" and "scores", each [B, H, S, T].
-        probabilities: [B, H, S, T], what the forward has tapped; None computes them again.
+        tape: dict, what the forward has tapped; without its "probabilities" it is called again.
     """
     (B, S, H, C), (T, K) = query.shape, key.shape[1:3]
-    if probabilities is None:
+    if "probabilities" not in tape:
         tape = Tape()
         textbook_attention(query, key, value, padding_mask, sliding_window, tape)
-        probabilities = tape["probabilities"]
     scale = get_array_module(query).asarray(C**-0.5, query.dtype)
     # As in the forward, but the group beside its queries, so that products sum over both.
     query, d_context = (
         x.reshape(B, S, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
         for x in (query * scale, gradient))  # [B, K, GS, C]
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)  # [B, K, T, C], [..., C, T]
-    p = probabilities.reshape(B, K, -1, T)  # [B, K, GS, T]
+    p = tape["probabilities"].reshape(B, K, -1, T)  # [B, K, GS, T]
 
     d_value = matmul(p.swapaxes(2, 3), d_context)  # of context = p v; [B, K, T, C]
     d_p = tap("probabilities", matmul(d_context, value).reshape(B, H, S, T))
-    wide_p = upcast(probabilities)  # rounded, they no longer add up to 1, on which s' relies
+    wide_p = upcast(tape["probabilities"])  # rounded, they do not add up to 1, on which s' relies
     total = wide_p.sum(axis=-1, keepdims=True)
     d_s = softmax_backward(upcast(d_p), wide_p / (total + (total == 0)))
     d_s = tap("scores", d_s.astype(query.dtype, copy=False)).reshape(p.shape)
@@ -607,8 +606,11 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
         seen = cache.append(index, key, value)  # the same, with the keys and values of before
     # Who looks sees inside of attention, the textbook's. A tape does not: it would keep S x T.
     blind = isinstance(tap, Tape) and tap.looking is no_tap
-    look = no_tap if blind else prefixed(tap, "attention")
-    context = tap("attention.context", attention(query, *seen, look))
+    inside = {"tap": no_tap if blind else prefixed(tap, "attention")}
+    if blind and config.fused:  # of each row of T it keeps one number
+        empty = get_array_module(x).empty((B, H, S), upcast(x[:0]).dtype)
+        inside["log_sum_exp"] = tap["attention.log_sum_exp"] = empty
+    context = tap("attention.context", attention(query, *seen, **inside))
     context = dropout(context, config.dropout, rng, prefixed(tap, "attention"))  # as KerasHub's
     output = linear(context.reshape(B, S, H * C), weights["attention_output"])
     output = tap("attention_output", output)
@@ -669,7 +671,7 @@ def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape
     d_query, d_key, d_value = attention_backward(
         tap("attention.context", d_context), tape["attention.query_rotary"],
         tape["attention.key_rotary"], tape["attention.value"], padding_mask, config.sliding_window,
-        prefixed(tap, "attention"), tape.get("attention.probabilities"))
+        prefixed(tap, "attention"), {name.removeprefix("attention."): tape[name] for name in tape})
     d_key = rotary_embedding_backward(tap("attention.key_rotary", d_key), *rotary)
     d_query = rotary_embedding_backward(tap("attention.query_rotary", d_query), *rotary)
     d_value, d_key = tap("attention.value", d_value), tap("attention.key", d_key)
@@ -1041,10 +1043,9 @@ def attention_blocks(query, key, padding_mask, sliding_window):
 
     Visible is [s, t] or [b, 1, 1, s, t]. Arguments are `attention`'s, but query [B, S, K, G, C].
     """
-    xp, (B, S, K, G, _), T = get_array_module(query), query.shape, key.shape[1]
+    xp, (B, S, K, G, _), T, block = get_array_module(query), query.shape, key.shape[1], 128
     # As much at once as keeps its scores in cache (2^18 of float32 are 1 MiB): of a long prompt one
     # head, of short ones many, or where few queries or keys meet. Sizes may be 0, hence max(1, …).
-    block = 128
     heads = max(1, 2**18 // max(1, G * min(S, block) * T))
     batch = max(1, heads // K)
     for row, start in itertools.product(range(0, B, batch), range(0, S, block)):
@@ -1072,25 +1073,28 @@ def put_by_head(block, rows):
     block[...] = rows.reshape(b, k, G, s, C).transpose(0, 3, 1, 2, 4)
 
 
-def block_exponentials(rows, keys, visible):
-    """Return `softmax`'s exponentials, [b, k, Gs, t], and their totals: what to divide them by."""
+def block_exponentials(rows, keys, visible, shift=None):
+    """Return exp(score - shift), [b, k, Gs, t], and the shift: if None, each query's largest."""
     xp = get_array_module(rows)
     scores = rows @ keys.swapaxes(2, 3)
     by_query = scores.reshape(*rows.shape[:2], -1, *visible.shape[-2:])  # [b, k, G, s, t], a view
     xp.copyto(by_query, -math.inf, where=~visible)
-    row_max = scores.max(axis=-1, keepdims=True)  # [b, k, Gs, 1]
-    scores -= xp.where(row_max == -math.inf, 0, row_max)
-    exponentials = xp.exp(scores, out=scores)
-    total = exponentials.sum(axis=-1, keepdims=True)
-    return exponentials, xp.where(total == 0, 1, total)
+    if shift is None:
+        shift = scores.max(axis=-1, keepdims=True)  # [b, k, Gs, 1]
+        shift = xp.where(shift == -math.inf, 0, shift)
+    scores -= shift
+    return xp.exp(scores, out=scores), shift
 
 
-def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
+def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap,
+              log_sum_exp=None):
     """Compute `textbook_attention` without ever holding the score matrix, unless a tap asks for it.
 
     Queries are taken in blocks, each with the keys up to its last one only, for a few heads at a
     time: memory grows with T, not with S x T, and of a prompt's products about half are never
     computed. Inside a block everything is float32 (float64 for the oracle), rounded at the end.
+    Beside that, `log_sum_exp`, [B, H, S] in such a dtype, or None, is filled with each query's
+    log(sum(exp(score))) over the keys that it sees, 0 if none.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -1101,50 +1105,55 @@ def attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_
     if tap is not no_tap:
         return textbook_attention(query, key, value, padding_mask, sliding_window, tap)
     if kernels := kernels_for(query):
-        return kernels.attention(query, key, value, padding_mask, sliding_window)
+        return kernels.attention(query, key, value, padding_mask, sliding_window, log_sum_exp)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
     query = query.reshape(B, S, K, H // K, C)
     context = xp.empty_like(query)
     for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
         rows = by_head(query[queries]) * C**-0.5  # [b, k, Gs, C]
-        exponentials, total = block_exponentials(rows, by_head(key[keys]), visible)
-        sums = exponentials @ by_head(value[keys])
-        sums /= total  # divided last: [Gs, C] is less to divide than [Gs, t]
-        put_by_head(context[queries], sums)
+        exponentials, row_max = block_exponentials(rows, by_head(key[keys]), visible)
+        total = exponentials.sum(axis=-1, keepdims=True)
+        total += total == 0  # of a query that sees nothing
+        put_by_head(context[queries], exponentials @ by_head(value[keys]) / total)  # not [Gs, t]
+        if log_sum_exp is not None:
+            by_query = log_sum_exp.reshape(B, K, H // K, S, 1).transpose(0, 3, 1, 2, 4)
+            put_by_head(by_query[queries], row_max + xp.log(total))
     return context.reshape(B, S, H, C)
 
 
 def attention_backward(gradient, query, key, value, padding_mask=None, sliding_window=None,
-                       tap=no_tap, probabilities=None):
+                       tap=no_tap, tape=()):
     """Compute `textbook_attention_backward` block by block, probabilities again with each block.
 
-    So memory grows with T, as in `attention`; with a tap or given probabilities, with S x T.
-
-    Source: https://arxiv.org/abs/2205.14135.
+    So memory grows with T, as in `attention`; with a tap or given probabilities, with S x T. Each p
+    is exp(score) / sum(exp(score)): exp(score - log_sum_exp), with what `attention` has filled.
     """
     check_attention(query, key, value, padding_mask, sliding_window)
-    if tap is not no_tap or probabilities is not None:
+    if tap is not no_tap or "probabilities" in tape:
         return textbook_attention_backward(gradient, query, key, value, padding_mask,
-                                           sliding_window, tap, probabilities)
-    if kernels := kernels_for(query):
-        return kernels.attention_backward(gradient, query, key, value, padding_mask, sliding_window)
+                                           sliding_window, tap, tape)
     xp, (B, S, H, C), K = get_array_module(query), query.shape, key.shape[2]
+    if "log_sum_exp" not in tape:
+        tape = {"log_sum_exp": xp.empty((B, H, S), upcast(key[:0]).dtype)}
+        tape["context"] = attention(query, key, value, padding_mask, sliding_window, **tape)
+    if kernels := kernels_for(query):
+        return kernels.attention_backward(gradient, query, key, value, padding_mask, sliding_window,
+                                          tape["context"], tape["log_sum_exp"])
     query, gradient = (x.reshape(B, S, K, H // K, C) for x in (query, gradient))
+    by_query = tape["log_sum_exp"].reshape(B, K, H // K, S, 1).transpose(0, 3, 1, 2, 4)
     d_query = xp.empty_like(query)
     d_key, d_value = xp.zeros((2, *key.shape), upcast(key[:0]).dtype)
     for queries, keys, visible in attention_blocks(query, key, padding_mask, sliding_window):
         rows, d_context = by_head(query[queries]) * C**-0.5, by_head(gradient[queries])
         k, v = by_head(key[keys]), by_head(value[keys])  # [b, k, t, C]; rows: [b, k, Gs, C]
-        p, total = block_exponentials(rows, k, visible)
-        p /= total
+        p, _ = block_exponentials(rows, k, visible, by_head(by_query[queries]))
         d_value[keys] += (p.swapaxes(2, 3) @ d_context).swapaxes(1, 2)
         d_s = d_context @ v.swapaxes(2, 3)  # at first that of p, [b, k, Gs, t]; then, in place,
         d_s -= (d_s * p).sum(axis=-1, keepdims=True)  # softmax_backward
         d_s *= p
         d_key[keys] += (d_s.swapaxes(2, 3) @ rows).swapaxes(1, 2)
         put_by_head(d_query[queries], d_s @ k * C**-0.5)
-    d_key, d_value = d_key.astype(key.dtype, copy=False), d_value.astype(key.dtype, copy=False)
-    return d_query.reshape(B, S, H, C), d_key, d_value
+    return d_query.reshape(B, S, H, C), *(x.astype(key.dtype, copy=False) for x in (d_key, d_value))
 
 
 # ==== Here the story ends. What follows connects it with the world. ===============================

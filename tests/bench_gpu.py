@@ -193,7 +193,7 @@ def attention_backward_error(inputs, results):
                                   *([(0, S, 0)] if S <= 1024 else [])):
             rows = [on_host(x[:, start:stop, heads]) for x in inputs[:2]]
             exact = phi3_ref.attention_backward(
-                *rows, *(on_host(x[:, :stop, one]) for x in inputs[2:]))
+                *rows, *(on_host(x[:, :stop, one]) for x in inputs[2:4]))
             worst = max(worst, error_of(results[0][:, start:stop, heads], exact[0]))
             if stop == S:
                 worst = max(worst, *(error_of(ours[:, keys:, one], theirs[:, keys:]) for
@@ -518,8 +518,20 @@ def bench_attention_backward(S, H, K, C, limit):
     amount = attention_backward_operations(S, H, C)
     sets = input_sets(make, 2 * 2 * S * C * (H + K))
     what = f"attention backward, {S:,} keys, H/K {H}/{K}, C {C}"
-    ours = rate(what, amount, time_ours, kernels_cuda.attention_backward, sets,
-                attention_backward_error)
+
+    def call(gradient, query, key, value, context, log_sum_exp):
+        return kernels_cuda.attention_backward(
+            gradient, query, key, value, context=context, log_sum_exp=log_sum_exp)
+
+    try:  # the derivative takes what the forward has left, as PyTorch's does
+        ours = []
+        for inputs in sets:
+            log_sum_exp = cupy.empty((1, H, S), np.float32)
+            context = kernels_cuda.attention(*inputs[1:], log_sum_exp=log_sum_exp)
+            ours.append((*inputs, context, log_sum_exp))
+        ours = rate(what, amount, time_ours, call, ours, attention_backward_error)
+    except Exception as problem:
+        ours = failed(what, problem)
     peers = {name: torch_attention_backward(f"peer {name} backward", amount, backend, sets)
              if has_torch() else absent()
              for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION"))}

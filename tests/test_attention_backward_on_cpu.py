@@ -58,18 +58,31 @@ def expected(inputs):
     return exact, [worse * size.max()**0.5 for size in sizes]
 
 
-def run(inputs, **options):
-    """Returns the three gradients and the kernels' names."""
+def kept(inputs):
+    """Returns what the forward may hand on, by the formulas: context and log-sum-exp."""
+    query, key, value = (array.astype("float64") for array in inputs[1:4])
+    context = phi3_ref.textbook_attention(query, key, value, *inputs[4:])
+    log_sum_exp, _ = on_cpu.expected_log_sum_exp(inputs[1:])
+    return {"context": context.astype(inputs[1].dtype), "log_sum_exp": log_sum_exp.astype("f4")}
+
+
+def run(inputs, kept=None, **options):
+    """Returns the three gradients and the kernels' names; the forward's among them, if need be."""
     with cuda_on_cpu.emulate(**options) as launches:
-        results = kernels_cuda.attention_backward(*inputs)
+        results = kernels_cuda.attention_backward(*inputs, **kept or {})
     return results, [name for name, *_ in launches]
 
 
 def check(case, **options):
-    """Compares one case with the formulas; returns the names of the kernels that ran."""
+    """Compares one case with the formulas; returns the names of the backward's kernels.
+
+    The case that asks for the forward's log-sum-exp hands it on; else it must be found again.
+    """
     inputs = arguments(case)
     before = [array.tobytes() for array in inputs[:4]]
-    results, names = run(inputs, **options)
+    results, names = run(inputs, kept(inputs) if case.asks else None, **options)
+    assert all("gradient" in name for name in names) == case.asks
+    names = [name for name in names if "gradient" in name]
     for what, like, result, exact, size in zip(
             ("query", "key", "value"), inputs[1:4], results, *expected(inputs), strict=True):
         assert result.dtype == like.dtype and result.shape == like.shape
@@ -120,59 +133,70 @@ def test_tiled(dtype):
         assert check(case) == [f"{name}_tiled<{TYPES[dtype]}>" for name in NAMES]
 
 
-@pytest.mark.parametrize("padded, M", kernels_cuda.BACKWARD_TILES)
+@pytest.mark.parametrize("padded", kernels_cuda.BACKWARD_COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_tensor_cores(dtype, padded, M):
+def test_tensor_cores(dtype, padded):
     """Every instance of the tensor cores' kernels, with head_dims up to the one it is padded to."""
-    smaller = max((C for C, _ in kernels_cuda.BACKWARD_TILES if padded > C), default=0)
-    wanted = [f"query_gradient_tensor_cores<{TYPES[dtype]}, {padded}, {M}>",
-              f"key_value_gradients_tensor_cores<{TYPES[dtype]}, {padded}>"]
-    options = {"multiprocessors": 0 if M == 2 else 999}
+    smaller = max((C for C in kernels_cuda.BACKWARD_COLUMNS if padded > C), default=0)
+    wanted = [f"{name}_tensor_cores<{TYPES[dtype]}, {padded}>" for name in NAMES]
 
-    @settings(max_examples=ref.examples(6))
+    @settings(max_examples=ref.examples(9))
     @given(cases(dtype, [padded, padded, smaller + 8], ("dense", "fused", "cache")))
     def all_equal(case):
-        assert check(case, **options) == wanted
+        assert check(case) == wanted
 
     all_equal()
     for C in (padded, smaller + 8):
-        assert check(Case(dtype, 1, 130, 131, 1, 2, C, "left", 70), **options) == wanted
+        assert check(Case(dtype, 1, 130, 131, 1, 2, C, "left", 70)) == wanted
 
 
-def test_which_kernels(monkeypatch):
-    """Tensor cores from sm_80 on, for vectors of 16 bytes in 16 bits, and where they have room."""
+def test_which_kernels():
+    """Tensor cores from sm_80 on, for vectors of 16 bytes in 16 bits."""
     tiled = [f"{name}_tiled<__half>" for name in NAMES]
     case = Case("float16", 1, 40, 70, 1, 2, 96)
     assert check(case, capability=75) == tiled
     inputs = arguments(case)
     wide = np.zeros((1, 40, 2, 97), "float16")
     wide[..., 1:] = inputs[0]  # the gradient alone begins anywhere
-    (shifted, *_), names = run((wide[..., 1:], *inputs[1:]))
-    assert names == tiled and ref.relative_error(shifted, run(inputs)[0][0]) < 3e-3
+    (right, *_), names = run(inputs, kept(inputs))
+    (shifted, *_), tiled_names = run((wide[..., 1:], *inputs[1:]), kept(inputs))
+    assert tiled_names == tiled != names and ref.relative_error(shifted, right) < 3e-3
+    wide[..., 1:] = kept(inputs)["context"]  # and so the context, which is then no whole array
+    (shifted, *_), names = run(inputs, {**kept(inputs), "context": wide[..., 1:]})
+    assert names != tiled and shifted.tobytes() == right.tobytes()
     assert check(Case("float16", 1, 9, 9, 1, 1, 136)) == tiled
-    # 128 queries per block where a block may have the shared memory: not on sm_89, at C = 128.
-    for room, M in ((99 << 10, 1), (227 << 10, 2)):
-        with cuda_on_cpu.emulate() as launches, monkeypatch.context() as patch:
-            patch.setattr(kernels_cuda, "gpu_limits", lambda room=room: (89, 0, room))
-            kernels_cuda.attention_backward(*arguments(Case("float16", 1, 9, 9, 1, 1, 128)))
-        assert launches[0][0] == f"query_gradient_tensor_cores<__half, 128, {M}>"
 
 
 def test_bytes_are_as_counted():
     """By hand, 128 queries and keys of one head, C = 64 in 16 bits, 128 bytes a row.
 
-    A block of 128 queries reads two arrays of them once, and keys and values twice; it writes the
-    gradient and 2 numbers a query. The keys' blocks read their 64 rows of two arrays, of queries
-    and gradients all 128 rows or the last 64, with 2 numbers a query; they write two gradients.
+    The queries' blocks read their 64 rows of two arrays into tiles; of contexts and gradients once
+    more for delta, with a log-sum-exp to each of a row's 4 lanes; and 64 keys and values, or all
+    128. They write the gradient and 2 numbers a query. The keys' blocks read their rows of two
+    arrays, of queries and gradients all 128 or the last 64, with 2 numbers a query; they write two
+    gradients.
     """
-    traffic = []
-    with cuda_on_cpu.emulate(multiprocessors=0, traffic=traffic):
-        kernels_cuda.attention_backward(*arguments(Case("float16", 1, 128, 128, 1, 1, 64)))
+    traffic, inputs = [], arguments(Case("float16", 1, 128, 128, 1, 1, 64))
+    run(inputs, kept(inputs), traffic=traffic)
     assert [asked for asked, _ in traffic] == [
-        128 * (2 * 128 + 2 * 2 * 128 + 128 + 8),
+        128 * (4 * 128 + 4 * 4) + (64 + 128) * 2 * 128 + 128 * (128 + 8),
         128 * 2 * 128 + (128 + 64) * (2 * 128 + 8) + 128 * 2 * 128]
     # Read 128 neighbouring bytes at a time; arrays here begin at any 16.
     assert all(segments <= 1.25 * asked for asked, segments in traffic)
+
+
+def test_the_forward_is_not_repeated():
+    """What it has returned and filled gives the bits of a call without; half of it does not do."""
+    inputs = arguments(Case("bfloat16", 2, 70, 131, 1, 2, 64, "left", 40))
+    found = cuda_on_cpu.empty((2, 2, 70), "float32")
+    with cuda_on_cpu.emulate():
+        context = kernels_cuda.attention(*inputs[1:], found)
+    given, names = run(inputs, {"context": context, "log_sum_exp": found})
+    assert len(names) == 2
+    for some in ({}, {"context": context * 2}, {"log_sum_exp": found * 2}):
+        again, names = run(inputs, some)
+        assert len(names) == 3
+        assert [x.tobytes() for x in again] == [x.tobytes() for x in given]
 
 
 @pytest.mark.parametrize("case", [
@@ -206,7 +230,32 @@ def test_what_all_keys_share_is_not_in_the_scores_gradient():
         assert max(abs(x.astype("float32")).max() for x in (d_query, d_key)) < noise
 
 
-def test_a_gradient_of_another_kind_is_refused():
+def check_what_all_values_share(dtype, C, run):
+    """A part that all values have in common is in no gradient of query and key.
+
+    So the mean error of these may not grow with it, though delta, and its rounding, do: where all
+    keys have a part in common, too, a wrong delta is wrong by that much in the query's gradient.
+    """
+    errors = []
+    for times in (0, 10):  # the spread of the values
+        rng = np.random.default_rng(0)
+        arrays = rng.normal(size=(4, 1, 128, 2, C))  # gradient, query, key, value
+        arrays[2] += 3 * rng.normal(size=C)
+        arrays[3] += times * rng.normal(size=C)
+        inputs = *arrays.astype(ref.NUMPY_DTYPE[dtype]), None, None
+        errors.append([abs(x - exact).mean() for x, exact in zip(
+            run(inputs, kept(inputs))[:2], expected(inputs)[0][:2], strict=True)])
+    for without, beside in zip(*errors, strict=True):
+        assert beside <= 1.5 * without, f"{beside} instead of {without}"
+
+
+@pytest.mark.parametrize("dtype, C", [("bfloat16", 64), ("float16", 64), ("bfloat16", 60)])
+def test_what_all_values_share(dtype, C):
+    """On the tensor cores, and not on them."""
+    check_what_all_values_share(dtype, C, lambda *inputs: run(*inputs)[0])
+
+
+def test_what_is_of_another_kind_is_refused():
     """By its name, with what was expected and found; the other arguments as in the forward."""
     gradient, query, key, value, *_ = arguments(Case("float16", 1, 3, 5, 2, 2, 8))
     for wrong, error, words in (
@@ -216,6 +265,16 @@ def test_a_gradient_of_another_kind_is_refused():
             (gradient.repeat(2, -1)[..., ::2], ValueError, "gradient.*contiguous")):
         with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=words):
             kernels_cuda.attention_backward(wrong, query, key, value)
+        assert not launches
+    right = kept((gradient, query, key, value, None, None))
+    for name, wrong, error, words in (
+            ("context", right["context"].astype("float32"), ValueError, "float16.*float32"),
+            ("context", right["context"][:, :2], ValueError, r"1, 3, 4, 8.*\(1, 2, 4, 8\)"),
+            ("log_sum_exp", right["log_sum_exp"].astype("float16"), ValueError, "float32.*float16"),
+            ("log_sum_exp", right["log_sum_exp"].swapaxes(1, 2), ValueError, "1, 4, 3.*1, 3, 4"),
+            ("log_sum_exp", [0.0], TypeError, "ndarray.*list")):
+        with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=f"{name}.*{words}"):
+            kernels_cuda.attention_backward(gradient, query, key, value, **{**right, name: wrong})
         assert not launches
     with cuda_on_cpu.emulate(), pytest.raises(ValueError, match=r"value.*\(1, 4, 2, 8\)"):
         kernels_cuda.attention_backward(gradient, query, key, value[:, :4])
@@ -240,9 +299,11 @@ def is_caught(source_name, edit):
     changed = edit(source)
     assert changed != source, "the mutation changes nothing: has the kernel been rewritten?"
     try:
+        options = {"edit": lambda text: changed if text == source else text}
         for case in MUTANT_CASES[source_name]:
-            check(case, edit=lambda text: changed if text == source else text,
-                  multiprocessors=3 if case.window == 60 else 0)
+            check(case, **options)
+        check_what_all_values_share("bfloat16", 60 if source_name.endswith("TILED") else 64,
+                                    lambda *inputs: run(*inputs, **options)[0])
     except (cuda_on_cpu.KernelError, AssertionError) as error:
         assert "error:" not in str(error), error  # it must compile
         return str(error)
@@ -264,25 +325,36 @@ def test_every_barrier_is_needed_and_watched(source_name, statement, number):
     assert is_caught(source_name, drop)
 
 
+SEEN = "\n" + 16 * " " + "const bool seen = distance >= 0 && distance < window && t < T\n"
+SEEN_BY = SEEN.replace("\n ", "\n     ")  # in the second kernel
 MUTANTS = {
     "ATTENTION_BACKWARD_TILED": {
-        "the mask lets the next key in": ("distance < 0 ||", "distance < -1 ||"),
-        "the mask hides the key itself": ("distance < 0 ||", "distance <= 0 ||"),
-        "the window is one too long": ("distance >= window || t", "distance > window || t"),
-        "the padding mask is ignored": ("(has_mask && !mask[t])", "false"),
-        "for a key, the mask lets the query before in": ("distance >= 0 &&", "distance >= -1 &&"),
-        "for a key, the mask hides its own query": ("distance >= 0 &&", "distance > 0 &&"),
-        "for a key, the window is one too long": ("distance < window && t",
-                                                  "distance <= window && t"),
-        "for a key, the padding mask is ignored": ("&& (!has_mask || mask[t])", ""),
+        "the mask lets the next key in": (SEEN, SEEN.replace(">= 0", ">= -1")),
+        "the mask hides the key itself": (SEEN, SEEN.replace(">= 0", "> 0")),
+        "the window is one too long": (SEEN, SEEN.replace("< window", "<= window")),
+        "for a key, the mask lets the query before in": (
+            SEEN_BY, SEEN_BY.replace(">= 0", ">= -1")),
+        "for a key, the mask hides its own query": (SEEN_BY, SEEN_BY.replace(">= 0", "> 0")),
+        "for a key, the window is one too long": (
+            SEEN_BY, SEEN_BY.replace("< window", "<= window")),
+        "the padding mask is ignored": ("&& (!has_mask || mask[t])", ""),
         "the padding mask of sequence 0": ("mask += b * T", "mask += 0 * b"),
-        "the total is not rescaled": ("total[i] * r.shrink", "total[i]"),
-        "delta is not rescaled": ("delta[i] * r.shrink", "delta[i]"),
-        "delta is not divided by the total": ("delta[i] /= total[i]", "delta[i] /= 1"),
-        "a query's gradient without delta": ("(d_p[i][j] - delta[i])", "d_p[i][j]"),
+        "the log-sum-exp to another base": ("log_sum_exp[row] / LN_2", "log_sum_exp[row]"),
+        "the log-sum-exp of another head": ("log_sum_exp += (b * H + h)",
+                                            "log_sum_exp += (b * H + k)"),
+        "the log-sum-exp past the last": ("if (q0 + row < S)", "if (q0 + row <= S)"),
+        "the context of another head": ("context += ((b * S + q0) * H + h)",
+                                        "context += ((b * S + q0) * H + k)"),
+        "delta of half the columns": ("c < C; c += 16", "c < C; c += 32"),
+        "delta's lanes are not added": ("sum_over_lanes<1, 16>(delta",
+                                        "sum_over_lanes<1, 8>(delta"),
+        "the error's lanes are not added": ("sum_over_lanes<1, 16>(error",
+                                            "sum_over_lanes<1, 8>(error"),
+        "a query's gradient without delta": ("(d_s[i][j] - delta[i])", "d_s[i][j]"),
+        "a query's gradient keeps the error": ("sum[i][j] -= error[i] * mean[i][j]", ""),
+        "delta keeps the error": ("delta[i] + error[i]", "delta[i]"),
         "a key's gradient without delta": ("(d_s[i][j] - delta[q])", "d_s[i][j]"),
         "delta of another query": ("delta[q]", "delta[q ^ 1]"),
-        "the logarithm to another base": ("log2f", "logf"),
         "one head of the group": ("h < k * G + G; h++", "h < k * G + 1; h++"),
         "a head of another group": ("h = k * G; h < k * G + G; h++", "h = k; h < H; h += K"),
         "another head of keys": ("k = h / (H / K)", "k = h % K"),
@@ -292,44 +364,54 @@ MUTANTS = {
                                           "(t0 - offset) / TILE * TILE + TILE : 0"),
         "weights transposed": ("shared.weights[4 * ty + i][tx + 16 * j] =",
                                "shared.weights[tx + 16 * j][4 * ty + i] ="),
-        "keys' weights for the query's gradient of values": (
-            "add_weighted_rows(sum, score, Rows<E>{key + t0 * key_t, key_t",
-            "add_weighted_rows(sum, score, Rows<E>{value + t0 * value_t, value_t"),
+        "values in the query's gradient": ("add_weighted_rows(sum, d_s, keys",
+                                           "add_weighted_rows(sum, d_s, values"),
+        "values in the mean key": ("add_weighted_rows(mean, p, keys",
+                                   "add_weighted_rows(mean, p, values"),
         "p and s' exchanged": ("add_weighted_rows(d_v, p,", "add_weighted_rows(d_v, d_s,"),
         "the scale forgotten": ("T - t0, d_k, scale * LN_2", "T - t0, d_k, 1.0f"),
+        "the query's scale forgotten": ("S - q0, sum, scale * LN_2", "S - q0, sum, 1.0f"),
         "the second half of columns": ("j / 4 * 64;", "j / 4 * 32;"),
         "columns past the last": ("row < count && c < C)", "row < count && c < C + 1)"),
         "rows past the last": ("row < count && c < C)", "row < count + 1 && c < C)"),
         "the stride of the query for the gradient": ("q0 * gradient_s,\n", "q0 * query_s,\n")},
     "ATTENTION_BACKWARD_TENSOR_CORES": {
-        "the mask lets the next key in": ("distance < 0 || distance >= window\n",
-                                          "distance < -1 || distance >= window\n"),
-        "the mask hides the key itself": ("distance < 0 || distance >= window\n",
-                                          "distance <= 0 || distance >= window\n"),
-        "the window is one too long": ("distance >= window\n", "distance > window\n"),
+        "the mask lets the next key in": ("distance < 0 || distance >= window || !(",
+                                          "distance < -1 || distance >= window || !("),
+        "the mask hides the key itself": ("distance < 0 || distance >= window || !(",
+                                          "distance <= 0 || distance >= window || !("),
+        "the window is one too long": ("distance >= window || !(", "distance > window || !("),
         "the padding mask is ignored": ("position < T && mask[position])", "position < T)"),
         "the diagonal is not masked": ("t0 + KEYS - 1 > lowest", "t0 > lowest"),
         "the window is not masked": ("t0 <= highest - window", "t0 < highest - window - KEYS"),
         "for a key, the mask lets the query before in": (
-            "distance < 0 || distance >= window ||", "distance < -1 || distance >= window ||"),
+            "distance < 0 || distance >= window || !seen",
+            "distance < -1 || distance >= window || !seen"),
         "for a key, the mask hides its own query": (
-            "distance < 0 || distance >= window ||", "distance <= 0 || distance >= window ||"),
-        "for a key, the window is one too long": ("distance >= window ||", "distance > window ||"),
+            "distance < 0 || distance >= window || !seen",
+            "distance <= 0 || distance >= window || !seen"),
+        "for a key, the window is one too long": ("distance >= window || !seen",
+                                                  "distance > window || !seen"),
         "for a key, the padding mask is ignored": ("position < T && (!has_mask || mask[position])",
                                                    "position < T"),
         "for a key, the mask past its end": ("position < T && (!has_mask || mask[position])",
                                              "(!has_mask || mask[position])"),
-        "for a key, the diagonal is not masked": ("from < lowest + 15", "from + 31 < lowest"),
+        "for a key, the diagonal is not masked": ("from < lowest + 15", "from + 63 < lowest"),
         "for a key, the window is not masked": ("from + QUERIES - 1 >= lowest + window",
                                                 "from >= lowest + window + 15"),
         "the padding mask of sequence 0": ("mask += b * T", "mask += 0 * b"),
-        "the total is not rescaled": ("total[m][r] *= to.shrink", "total[m][r] *= 1"),
-        "delta is not rescaled": ("delta[m][r] *= to.shrink", "delta[m][r] *= 1"),
-        "a row's lanes do not agree": ("highest_over_lanes<1, 4>", "highest_over_lanes<1, 2>"),
-        "a row's lanes are not added": ("mixed = sum_over_lanes<1, 4>",
-                                        "mixed = sum_over_lanes<1, 2>"),
-        "delta is not divided by the total": ("mixed / all", "mixed"),
-        "a query's gradient without delta": ("(d_p[m][n][e] - delta[m][e / 2])", "d_p[m][n][e]"),
+        "the log-sum-exp to another base": ("log_sum_exp[row] / LN_2", "log_sum_exp[row]"),
+        "the log-sum-exp of another head": ("log_sum_exp += (b * H + h)",
+                                            "log_sum_exp += (b * H + k)"),
+        "the log-sum-exp past the last": ("if (q0 + row < S)", "if (q0 + row <= S)"),
+        "the context past its columns": ("c < C; c += 32", "c < C_PADDED; c += 32"),
+        "delta of half the columns": ("c < C; c += 32", "c < C; c += 64"),
+        "delta's lanes are not added": ("sum_over_lanes<1, 4>(delta", "sum_over_lanes<1, 2>(delta"),
+        "the error's lanes are not added": ("sum_over_lanes<1, 4>(error",
+                                            "sum_over_lanes<1, 2>(error"),
+        "a query's gradient without delta": ("(d_p[0][n][e] - delta[e / 2])", "d_p[0][n][e]"),
+        "a query's gradient keeps the error": (" - error[r] * sums[1][n][e]", ""),
+        "delta keeps the error": ("delta[r] + error[r]", "delta[r]"),
         "a key's gradient without delta": ("(d_s[0][n][e] - delta[8 * n + 2 * t + e % 2])",
                                            "d_s[0][n][e]"),
         "delta of another query": ("delta[8 * n + 2 * t + e % 2]", "delta[8 * n + 2 * t + e / 2]"),
@@ -338,6 +420,10 @@ MUTANTS = {
         "the statistics of the first head": ("(2LL * head + which)", "(0LL * head + which)"),
         "the statistics of the first sequence": ("statistics += (b * H + k * G)",
                                                  "statistics += (0 * H + k * G)"),
+        "one buffer only": ("buffer ^= 1", "buffer ^= 0"),
+        "a tile too few": ("t0 < end; t0 += KEYS", "t0 + KEYS < end; t0 += KEYS"),
+        "a warp skips keys it needs": ("t0 + KEYS <= lowest - window + 1",
+                                       "t0 + KEYS <= lowest - window + 33"),
         "the other buffer": ("numbers + i % 2 * 2 * QUERIES",
                              "numbers + (i + 1) % 2 * 2 * QUERIES"),
         "the operand is not transposed": ("ldmatrix_x4_trans(x, other", "ldmatrix_x4(x, other"),
@@ -349,7 +435,8 @@ MUTANTS = {
         "a warp skips the end of its window": ("from >= lowest + 15 + window",
                                                "from >= lowest + window"),
         "the end of the window left out": ("t0 + KEYS - 1 + window", "t0 + window - 1"),
-        "the scale forgotten": ("C, d_k, scale * LN_2", "C, d_k, 1.0f"),
+        "the scale forgotten": ("C, d_k[0], scale * LN_2", "C, d_k[0], 1.0f"),
+        "the query's scale forgotten": ("C, d_q, scale * LN_2", "C, d_q, 1.0f"),
         "the stride of keys for values": ("values, value, value_t", "values, value, key_t + 8"),
         "rows past the last": ("row < count && c < C", "row <= count && c < C")}}
 

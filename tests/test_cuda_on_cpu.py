@@ -432,6 +432,16 @@ def test_arguments_match_parameters(arguments):
         kernel("x[t] = n;", "float* x, int n")((1,), (32,), arguments)
 
 
+def test_null_pointers():
+    """What need not be given is 0 for a pointer: a kernel can ask, and must not follow it."""
+    x = zeros(32)
+    run("x[t] = y ? 1 : 2;", x, np.uint64(0), parameters="float* x, float* y")
+    assert (x == 2).all()
+    fails("no memory of the kernel", "x[t] = y[t];", x, np.uint64(0),
+          parameters="float* x, float* y")
+    fails("argument 1", "x[t] = 0;", x, np.uint64(8), parameters="float* x, float* y")
+
+
 @pytest.mark.parametrize("grid, block, shared_mem", [
     ((1,), (1025,), 0), ((1, 65536), (32,), 0), ((0,), (32,), 0), ((1,), (32,), 232_449)])
 def test_impossible_launches(grid, block, shared_mem):

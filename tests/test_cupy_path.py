@@ -39,14 +39,20 @@ MODELS = {"plain": {}, "su": SU, "window": dict(sliding_window=3),
           "tied": dict(tie_word_embeddings=True, partial_rotary_factor=0.67)}
 
 
-def attention_on_host(query, key, value, padding_mask=None, sliding_window=None):
+def attention_on_host(query, key, value, padding_mask=None, sliding_window=None, log_sum_exp=None):
     """Attention; a query that is alone, as in decoding, with the keys that its mask leaves."""
     if padding_mask is not None and query.shape[1] == 1 and (padding_mask == padding_mask[0]).all():
         seen, = padding_mask[0].nonzero()
         if len(seen) and seen[-1] - seen[0] == len(seen) - 1:  # so that the bits are the host's
             key, value = (array[:, seen[0] : seen[-1] + 1] for array in (key, value))
             padding_mask = None
-    return phi3_ref.attention(query, key, value, padding_mask, sliding_window)
+    return phi3_ref.attention(query, key, value, padding_mask, sliding_window,
+                              log_sum_exp=log_sum_exp)
+
+
+def attention_backward_on_host(*args):
+    *args, _, log_sum_exp = args
+    return phi3_ref.attention_backward(*args, tape={"log_sum_exp": log_sum_exp})
 
 
 def adam_step_on_host(weight, gradient, m, v, factor, decay, rate, beta_1, beta_2, epsilon):
@@ -57,10 +63,12 @@ def adam_step_on_host(weight, gradient, m, v, factor, decay, rate, beta_1, beta_
     weight[...] = phi3_ref.upcast(weight) * decay - rate * m / (v**0.5 + epsilon)
 
 
-ON_HOST = {"attention": attention_on_host, "adam_step": adam_step_on_host,
+ON_HOST = {"attention": attention_on_host, "attention_backward": attention_backward_on_host,
+           "adam_step": adam_step_on_host,
            "transposed_matmul": lambda x, y: phi3_ref.upcast(x).T @ phi3_ref.upcast(y)}
-# Kernels whose arrays are of more than one dtype: means beside weights, weights of labels.
-ALSO = {"adam_step": "float32", "cross_entropy": "float64"}
+# Kernels whose arrays are of more than one dtype: log-sum-exp, running means, labels' weights.
+ALSO = {"attention": "float32", "attention_backward": "float32", "adam_step": "float32",
+        "cross_entropy": "float64"}
 
 
 def linear_as_on_the_device(x, weight, linear=phi3_ref.linear):
@@ -344,8 +352,38 @@ def test_gradients(policy, fused, recompute, kernels):
         assert_same_trees(results[0][1], results[1][1])
         norms = 2 * config["num_layers"] + 1 if fused and policy != "float64" else 0
         assert kernels.count("rms_norm_backward") == norms
+        assert kernels.count("attention_backward") == norms // 2
         products = 4 * config["num_layers"] + 1 if policy in SIXTEEN_BITS else 0
         assert kernels.count("transposed_matmul") == products
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attentions_derivative_takes_what_the_forward_has_left(recompute, monkeypatch):
+    """Context and log-sum-exp are the forward's own arrays, whose kernel is not launched again."""
+    calls = []
+
+    def watched(name, kernel):
+        def call(*args):
+            result = kernel(*args)
+            calls.append((name, args, result))
+            return result
+        return call
+
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(kernels_cuda, name, watched(name, getattr(kernels_cuda, name)))
+    _, causal_lm = learners(dropout=0.3, recompute=recompute, dtype="bfloat16")
+    causal_lm.gradients(*labelled(batch(14, 9), 64))
+    names = [name for name, *_ in calls]
+    if recompute:  # the first forward keeps nothing
+        assert names[:2] == ["attention"] * 2 and all(args[-1] is None for _, args, _ in calls[:2])
+        pairs = zip(calls[2::2], calls[3::2], strict=True)
+    else:
+        assert names == ["attention"] * 2 + ["attention_backward"] * 2
+        pairs = zip(calls[1::-1], calls[2:], strict=True)
+    for (forward, (*_, filled), context), (backward, (*_, given, log_sum_exp), _) in pairs:
+        assert (forward, backward) == ("attention", "attention_backward")
+        assert filled is log_sum_exp and log_sum_exp.dtype == "float32" and context is given
+        assert np.isfinite(log_sum_exp.get()).all()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -443,6 +443,52 @@ def test_attention_backward(name, case, dtype):
         assert error <= DTYPES[dtype] * (largest if alone else np.abs(its).max())
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("case", list(ATTENTION))
+def test_log_sum_exp_of_attention(case, dtype):
+    """What the forward leaves to its derivative: of float64's scores, 0 where nothing is seen.
+
+    It changes no bit of the context; a derivative that is given none has the same bits.
+    """
+    gradient, query, key, value, mask, window = attention_case(case, dtype)
+    (B, S, H, _), T = query.shape, key.shape[1]
+    found = np.full((B, H, S), np.nan, phi3_ref.upcast(query).dtype)
+    context = phi3_ref.attention(query, key, value, mask, window, log_sum_exp=found)
+    without = phi3_ref.attention(query, key, value, mask, window)
+    assert context.tobytes() == without.tobytes()
+    tape = phi3_ref.Tape()
+    phi3_ref.textbook_attention(*(x.astype("float64") for x in (query, key, value)), tap=tape)
+    scores = tape["scores"]
+    visible = phi3_ref.visible_keys(np.arange(T - S, T), np.arange(T), window, mask)
+    exact = np.where(visible[..., None, :, :], scores, -np.inf).astype(np.longdouble)
+    exact = np.logaddexp.reduce(exact, axis=-1)  # one by one
+    exact[np.isneginf(exact)] = 0
+    tolerance = (1e-15 if dtype == "float64" else 1e-6) * (1 + abs(scores).max())
+    assert found.shape == exact.shape and abs(found - exact).max() <= tolerance
+    assert not found[exact == 0].any()
+    arguments = gradient, query, key, value, mask, window
+    given = phi3_ref.attention_backward(*arguments, tape={"context": context, "log_sum_exp": found})
+    for one, other in zip(given, phi3_ref.attention_backward(*arguments), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_a_tape_has_the_log_sum_exp_and_no_scores():
+    """Of attention, where nobody looks; a user's tap is never called with it, and sees scores."""
+    config, inputs = ref.random_case(random.Random(0).choice, num_layers=2)
+    for fused in (True, False):
+        backbone = phi3_ref.Phi3Backbone(**config, fused=fused, seed=0)
+        weights = backbone.weights, backbone.config, np.asarray(inputs["token_ids"])
+        tapes, seen = [], phi3_ref.Tape()
+        phi3_ref.forward(*weights, tapes=tapes)
+        *tapes, _ = tapes
+        assert all(("attention.log_sum_exp" in tape) == fused for tape in tapes)
+        assert not any("attention.scores" in tape for tape in tapes)
+        tapes = []
+        phi3_ref.forward(*weights, tapes=tapes, tap=seen)
+        assert not any("log_sum_exp" in name for tape in (seen, *tapes) for name in tape)
+        assert "transformer_layer_1.attention.scores" in seen
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["attention_backward", "textbook_attention_backward"])
 def test_what_all_keys_share_is_not_in_the_scores_gradient(name, dtype):

@@ -35,6 +35,7 @@ class Case:
     layout: str = "dense"
     size: float = 1.0  # of the scores: large ones make one key win, and the running peak rise
     seed: int = 0
+    asks: bool = True  # for the log-sum-exp of each query's scores
 
     def inputs(self):
         rng = np.random.default_rng(self.seed)
@@ -84,18 +85,41 @@ def expected(case, inputs):
     return result, ref.TOLERANCE[case.dtype] * max(1.0, scores[0] / 8)
 
 
+def expected_log_sum_exp(inputs):
+    """Returns the exact log-sum-exp of what each query sees, 0 for nothing; and its tolerance."""
+    query, key, value, mask, window = inputs
+    tape, (S, T) = phi3_ref.Tape(), (query.shape[1], key.shape[1])
+    phi3_ref.textbook_attention(
+        *(array.astype("float64") for array in (query, key, value)), mask, window, tape)
+    visible = phi3_ref.visible_keys(np.arange(T - S, T), np.arange(T), window, mask)
+    scores = np.where(visible[..., None, :, :], tape["scores"], -np.inf)  # [B, H, S, T]
+    exact = np.logaddexp.reduce(scores, axis=-1)
+    return np.where(np.isneginf(exact), 0, exact), 1e-6 * (1 + abs(tape["scores"]).max())
+
+
+def check_log_sum_exp(found, inputs):
+    exact, tolerance = expected_log_sum_exp(inputs)
+    assert found.shape == exact.shape
+    error = abs(found - exact).max()
+    assert error <= tolerance, f"log_sum_exp: {error} > {tolerance}"
+    assert not found[exact == 0].any(), "the log-sum-exp of nothing"
+
+
 def run(case, inputs=None, **options):
-    """Returns the kernels' result and their names."""
+    """Returns the kernels' result, log-sum-exp, and their names."""
     with cuda_on_cpu.emulate(**options) as launches:
-        result = kernels_cuda.attention(*(inputs or case.inputs()))
-    return result, [name for name, *_ in launches]
+        found = cuda_on_cpu.empty((case.B, case.K * case.G, case.S), "float32")
+        result = kernels_cuda.attention(*(inputs or case.inputs()), found if case.asks else None)
+    return result, found, [name for name, *_ in launches]
 
 
 def check(case, **options):
     """Compares one case with the formulas; returns the names of the kernels that ran."""
     inputs = case.inputs()
     before = [array.tobytes() for array in inputs[:3]]
-    result, names = run(case, inputs, **options)
+    result, log_sum_exp, names = run(case, inputs, **options)
+    if case.asks:
+        check_log_sum_exp(log_sum_exp, inputs)
     exact, tolerance = expected(case, inputs)
     assert result.dtype == inputs[0].dtype and result.flags.c_contiguous
     error = ref.relative_error(result, exact)
@@ -116,7 +140,8 @@ def cases(draw, dtype, head_dims, few_queries=False, layouts=("dense", "fused", 
     return Case(dtype, draw(st.sampled_from([1, 1, 2])), S, T, K, G, C,
                 draw(st.sampled_from(["none", "none", "left", "random", "numbers", "nothing"])),
                 draw(st.none() | windows), draw(st.sampled_from(layouts)),
-                draw(st.sampled_from([0.1, 1.0, 6.0])), draw(st.integers(0, 99)))
+                draw(st.sampled_from([0.1, 1.0, 6.0])), draw(st.integers(0, 99)),
+                draw(st.booleans()))
 
 
 # Attention ----------------------------------------------------------------------------------------
@@ -140,7 +165,7 @@ def test_tensor_cores(dtype, padded, M):
     seen = set()
     all_equal()
     check(Case(dtype, 1, 130, 131, 1, 2, dims[-1], "left", 70), multiprocessors=1)
-    _, names = run(Case(dtype, 1, 70, 70, 2, 2, padded), multiprocessors=1 if M == 2 else 999)
+    *_, names = run(Case(dtype, 1, 70, 70, 2, 2, padded), multiprocessors=1 if M == 2 else 999)
     assert f"attention_tensor_cores<{TYPES[dtype]}, {padded}, {M}>" in {*names, *seen}
 
 
@@ -204,16 +229,18 @@ def test_older_gpus(dtype):
     Case("float32", 2, 70, 131, 2, 2, 96, "random", 100), Case("float16", 2, 130, 131, 2, 2, 96),
     Case("bfloat16", 2, 70, 131, 1, 2, 160, "left", 40), Case("float16", 2, 3, 300, 2, 3, 96)])
 def test_same_bits_in_any_order(case):
-    """Blocks and threads from last to first give the same bits."""
-    one, _ = run(case)
-    other, _ = run(case, reverse=True)
+    """Blocks and threads from last to first give the same bits; so does asking for less."""
+    one, log_sum_exp, _ = run(case)
+    other, same, _ = run(case, reverse=True)
+    assert one.tobytes() == other.tobytes() and log_sum_exp.tobytes() == same.tobytes()
+    other, *_ = run(dataclasses.replace(case, asks=False))
     assert one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 2, 2, 8), (1, 0, 4, 2, 2, 8)])
 def test_nothing_to_do(shape):
     B, S, T, K, G, C = shape
-    result, names = run(Case("float32", B, S, T, K, G, C))
+    result, _, names = run(Case("float32", B, S, T, K, G, C))
     assert result.shape == (B, S, K * G, C) and not names
 
 
@@ -444,7 +471,12 @@ def arrays(**changes):
     ({"padding_mask": np.ones((2, 3), bool)}, ValueError, r"padding_mask.*\(2, 5\).*\(2, 3\)"),
     ({"query": np.zeros((2, 3, 4, 16), "float32")[..., ::2]}, ValueError, "query.*contiguous"),
     ({"value": np.zeros((2, 8, 2, 5), "float32").transpose(0, 3, 2, 1)}, ValueError,
-     "value.*contiguous")])
+     "value.*contiguous"),
+    ({"log_sum_exp": np.zeros((2, 3, 4), "float32")}, ValueError, r"log_sum_exp.*2, 4, 3.*2, 3, 4"),
+    ({"log_sum_exp": np.zeros((2, 4, 3))}, ValueError, "log_sum_exp.*float32.*float64"),
+    ({"log_sum_exp": np.zeros((4, 2, 3), "float32").swapaxes(0, 1)}, ValueError,
+     "log_sum_exp.*contiguous"),
+    ({"log_sum_exp": [0.0]}, TypeError, "log_sum_exp.*ndarray.*list")])
 def test_attention_refuses(changes, error, words):
     """Each wrong argument is named, with what was expected and found."""
     with cuda_on_cpu.emulate() as launches, pytest.raises(error, match=f"(?s){words}"):
@@ -501,12 +533,15 @@ MUTANT_CASES = {
     "RMS_NORM": [],
     "RMS_NORM_BACKWARD": [],
     "LINEAR": [],
-    "ATTENTION_TILED": [Case("float32", 2, 70, 131, 2, 2, 96, "random", 66, size=6.0),
+    "ATTENTION_TILED": [Case("float32", 2, 9, 20, 1, 1, 40, "nothing"),
+                        Case("float32", 2, 70, 131, 2, 2, 96, "random", 66, size=6.0),
                         Case("float32", 1, 70, 131, 1, 2, 130, layout="fused", size=6.0)],
-    "ATTENTION_TENSOR_CORES": [Case("float16", 2, 70, 200, 2, 2, 64, "random", 66, size=6.0),
+    "ATTENTION_TENSOR_CORES": [Case("float16", 2, 9, 20, 1, 1, 64, "nothing"),
+                               Case("float16", 2, 70, 200, 2, 2, 64, "random", 66, size=6.0),
                                Case("float16", 2, 130, 200, 2, 2, 56, layout="fused", size=6.0),
                                Case("float16", 1, 70, 200, 1, 1, 64, window=70)],
-    "ATTENTION_DECODE": [Case("float16", 2, 3, 300, 2, 3, 64, "random", 150, size=6.0),
+    "ATTENTION_DECODE": [Case("float16", 2, 3, 20, 1, 1, 64, "nothing"),
+                         Case("float16", 2, 3, 300, 2, 3, 64, "random", 150, size=6.0),
                          Case("float16", 1, 3, 300, 2, 3, 40, layout="fused", size=6.0),
                          Case("float16", 1, 3, 70, 2, 2, 64),
                          Case("float16", 1, 3, 70, 2, 2, 64, window=30)]}
@@ -564,6 +599,9 @@ def test_every_barrier_is_needed_and_watched(source_name, statement, number):
 
 MUTANTS = {
     "ATTENTION_TILED": {
+        "the log-sum-exp to the base 2": ("log2f(total)) * LN_2", "log2f(total))"),
+        "the log-sum-exp of nothing": ("return total == 0.0f ? 0.0f :", "return"),
+        "the log-sum-exp without the peak": ("(peak + log2f(total))", "log2f(total)"),
         "the mask lets the next key in": ("t > position", "t > position + 1"),
         "the mask hides the key itself": ("t > position", "t >= position"),
         "the window is one too long": ("position - t >= window", "position - t > window"),
@@ -578,10 +616,16 @@ MUTANTS = {
         "a tile before the window's": ("first / TILE * TILE", "first / TILE * TILE + TILE"),
         "the second half of columns": ("j / 4 * 64", "j / 4 * 32"),
         "queries past the last": ("s < S && c < C", "s < S + 1 && c < C"),
+        "the log-sum-exp of queries past the last": ("tx == 0 && s < S", "tx == 0 && s <= S"),
+        "the log-sum-exp by query and head": ("* H + h) * S + s] = log", "* S + s) * H + h] = log"),
+        "the log-sum-exp of any columns": ("&& c0 == 0 && tx", "&& tx"),
         "columns past the last": ("s < S && c < C", "s < S && c < C + 1"),
         "the wrong divisor": ("1.0f / total[i]", "1.0f / (total[i] + 1e-2f)"),
         "no padding of C": ("q0 + row < S && c < C", "q0 + row < S")},
     "ATTENTION_TENSOR_CORES": {
+        "the log-sum-exp to the base 2": ("log2f(total)) * LN_2", "log2f(total))"),
+        "the log-sum-exp of nothing": ("return total == 0.0f ? 0.0f :", "return"),
+        "the log-sum-exp without the peak": ("(peak + log2f(total))", "log2f(total)"),
         "the mask lets the next key in": ("distance < 0", "distance < -1"),
         "the mask hides the key itself": ("distance < 0", "distance <= 0"),
         "the window is one too long": ("distance >= window", "distance > window"),
@@ -606,8 +650,15 @@ MUTANTS = {
         "a warp skips a tile it needs": ("t0 + KEYS <= lowest - window + 1",
                                          "t0 + KEYS <= lowest - window + 33"),
         "a tile too few": ("t0 < end; t0 += KEYS", "t0 + KEYS < end; t0 += KEYS"),
-        "queries past the last written": ("s < S && c < C", "s <= S && c < C")},
+        "queries past the last written": ("s < S && c < C", "s <= S && c < C"),
+        "the log-sum-exp of queries past the last": ("if (s < S)", "if (s <= S)"),
+        "the log-sum-exp of a lane": ("total[m][i] = sum_over_lanes<1, 4>(total[m][i]);", ""),
+        "the log-sum-exp of the block's first queries": ("q0 + row0 + 16 * m + g + 8 * i;",
+                                                         "q0 + 16 * m + g + 8 * i;")},
     "ATTENTION_DECODE": {
+        "the log-sum-exp to the base 2": ("log2f(total)) * LN_2", "log2f(total))"),
+        "the log-sum-exp of nothing": ("return total == 0.0f ? 0.0f :", "return"),
+        "the log-sum-exp without the peak": ("(peak + log2f(total))", "log2f(total)"),
         "the mask lets the next key in": ("distance < 0", "distance < -1"),
         "the window is one too long": ("distance >= window", "distance > window"),
         "the padding mask is ignored": ("(!has_mask || mask[t])", "true"),
@@ -623,7 +674,8 @@ MUTANTS = {
                               "start + keys_per_split - 1 < T ? -1 +"),
         "keys past the end of a split": ("t == wanted &&", "true &&"),
         "the last split left out": ("i < splits; i++) {", "i < splits - 1; i++) {"),
-        "rows past the last": ("row0 + r >= rows", "row0 + r > rows")},
+        "rows past the last": ("row0 + r >= rows", "row0 + r > rows"),
+        "the log-sum-exp by query and head": ("r % G) * S + r / G] =", "r / G) * S + r % G] =")},
     "LINEAR": {
         "half of a warp": ("sum_over_lanes<1, 32>", "sum_over_lanes<1, 16>"),
         "columns past the last": ("if (i0 + u * STEP < in)", "if (i0 + u * STEP <= in)"),

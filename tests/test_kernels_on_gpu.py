@@ -35,22 +35,28 @@ def to_gpu(array):
     return cupy.ndarray(array.shape, array.dtype, memory + offset, array.strides)
 
 
-def run(inputs):
-    """Returns the kernels' result, from memory that held NaN, as a NumPy array."""
+def run(inputs, asks=False):
+    """Returns the kernels' result, from memory that held NaN, and the log-sum-exp, as NumPy arrays.
+
+    The latter stays NaN where nobody asks for it.
+    """
     query, key, value, mask, window = inputs
-    arrays = [to_gpu(array) for array in (query, key, value, mask)]
+    (B, S, H, _), arrays = query.shape, [to_gpu(array) for array in (query, key, value, mask)]
     poison = cupy.empty(query.shape, query.dtype)
     poison.view(np.uint8).fill(0xFF)
     del poison
-    result = kernels_cuda.attention(*arrays, window)
+    log_sum_exp = cupy.full((B, H, S), np.nan, np.float32)
+    result = kernels_cuda.attention(*arrays, window, log_sum_exp if asks else None)
     assert result.dtype == query.dtype and result.flags.c_contiguous
-    return result.get()
+    return result.get(), log_sum_exp.get()
 
 
 def check(case):
     """Compares one case with the formulas in float64, as on the CPU."""
     inputs = case.inputs()
-    result, (exact, tolerance) = run(inputs), on_cpu.expected(case, inputs)
+    (result, found), (exact, tolerance) = run(inputs, case.asks), on_cpu.expected(case, inputs)
+    if case.asks:
+        on_cpu.check_log_sum_exp(found, inputs)
     assert ref.relative_error(result, exact) <= tolerance
     assert not np.asarray(result, "float64")[~exact.any(-1)].any(), "a row that sees no key"
 
@@ -78,8 +84,9 @@ def test_attention_at_real_shapes(dtype, S, T, mask, window, H, K, C):
     """The first, middle and last 32 queries of the first and the last group of heads."""
     case = on_cpu.Case(dtype, 1, S, T, K, H // K, C, mask, window, layout="fused")
     query, key, value, mask, _ = inputs = case.inputs()
-    result = run(inputs).astype("float64")
-    assert np.isfinite(result).all()
+    result, found = run(inputs, asks=True)
+    result = result.astype("float64")
+    assert np.isfinite(result).all() and np.isfinite(found).all()
     for k in (0, K - 1):
         heads = slice(k * H // K, (k + 1) * H // K)
         for start in sorted({0, S // 2, max(0, S - 32)}):
@@ -89,17 +96,19 @@ def test_attention_at_real_shapes(dtype, S, T, mask, window, H, K, C):
                     None if mask is None else mask[:, :end], window)
             exact, tolerance = on_cpu.expected(case, part)
             assert ref.relative_error(result[:, rows, heads], exact) <= tolerance
+            on_cpu.check_log_sum_exp(found[:, heads, rows], part)
 
 
-def run_backward(inputs):
+def run_backward(inputs, kept=None):
     """Returns the three gradients, from memory that held NaN, as NumPy arrays."""
     *arrays, window = inputs
     arrays = [to_gpu(array) for array in arrays]
+    kept = {name: to_gpu(array) for name, array in (kept or {}).items()}
     poison = [cupy.empty(array.shape, array.dtype) for array in arrays[1:4]]
     for array in poison:
         array.view(np.uint8).fill(0xFF)
     del poison
-    results = kernels_cuda.attention_backward(*arrays, window)
+    results = kernels_cuda.attention_backward(*arrays, window, **kept)
     assert all(x.dtype == like.dtype and x.shape == like.shape and x.flags.c_contiguous
                for x, like in zip(results, inputs[1:4], strict=True))
     return [x.get() for x in results]
@@ -119,7 +128,8 @@ def test_attention_backward_around_every_edge(dtype):
     @given(backward_on_cpu.cases(dtype, dims, layouts))
     def all_equal(case):
         inputs = backward_on_cpu.arguments(case)
-        check_backward(run_backward(inputs), inputs, dtype)
+        kept = backward_on_cpu.kept(inputs) if case.asks else None
+        check_backward(run_backward(inputs, kept), inputs, dtype)
 
     all_equal()
 
@@ -139,6 +149,13 @@ def test_attention_backward_at_real_shapes(dtype, S, T, mask, window, H, K, C):
         part = (gradient[:, :, heads], query[:, :, heads], key[:, :, one], value[:, :, one], mask,
                 window)
         check_backward([results[0][:, :, heads], *(x[:, :, one] for x in results[1:])], part, dtype)
+
+
+@pytest.mark.parametrize("C", [64, 60])  # on the tensor cores, or not
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_what_all_values_share(dtype, C):
+    """The rounding of delta is taken out of the gradients of query and key, as on the CPU."""
+    backward_on_cpu.check_what_all_values_share(dtype, C, run_backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,8 +211,8 @@ def test_linear(dtype, rows, size, out):
 @pytest.mark.parametrize("S, T", [(1, 4096), (3, 2000), (777, 2000), (2048, 2048)])
 def test_same_bits_every_time(dtype, S, T):
     inputs = on_cpu.Case(dtype, 2, S, T, 10, 4, 96, "left", 1500, layout="fused").inputs()
-    first, *others = (run(inputs).tobytes() for _ in range(3))
-    assert others == [first, first]
+    first, *others = ([x.tobytes() for x in run(inputs, asks)] for asks in (True, True, False))
+    assert others[0] == first and others[1][0] == first[0]
     inputs = backward_on_cpu.arguments(on_cpu.Case(
         dtype, 2, S, T, 10, 4, 96, "left", 1500, layout="fused"))
     first, *others = ([x.tobytes() for x in run_backward(inputs)] for _ in range(3))
