@@ -2,10 +2,11 @@
 
 `--only training`, say, measures one group of lines.
 
-Prints one markdown table: what was measured, our time, the same work done by others, the limit and
-the target. Limits are measured in the same run: the bare matrix products of the same shapes
-through NumPy's `@`, or a plain read of the files. Every peer's logits, gradients or losses are
-compared with ours, with equal weights in a small model, before it is timed (not with `--quick`).
+Prints a markdown table: what was measured, our time, the same work done by others, the limit and
+the target; and at the end the lines that matter most, in short. Limits are measured in the same
+run: the bare matrix products of the same shapes through NumPy's `@`, or a plain read of the files.
+Every peer's logits, gradients or losses are compared with ours, with equal weights in a small
+model, before it is timed (not with `--quick`).
 
 How it is timed. Every program is a process of its own, this script with `--worker`. They take
 turns, one repetition at a time, so that a drift of the machine hits all alike, and sleep in
@@ -62,6 +63,7 @@ PEERS = {"KerasHub JAX": ("keras", dict(backend="jax")),
 GROUPS = ["speed", "long", "loading", "tiny", "training"]  # of lines
 GB = 1e9
 failures = []
+summary = []  # the short table's lines
 
 
 # The programs, each in a process of its own -------------------------------------------------------
@@ -747,12 +749,12 @@ def take_turns(workers, rounds, *task):
 
 # The table ----------------------------------------------------------------------------------------
 
-def row(what, ours, limit=None, peers=None, unit=1, targets=()):
+def row(what, ours, limit=None, peers=None, unit=1, targets=(), short=None):
     """Prints one measurement.
 
     `ours`, `limit` and the peers are arrays, which are divided by `unit`; a peer may be words that
     say why there is none. `targets` are pairs: what ours is compared with ("limit", "fastest peer",
-    or "", the number itself), and the most that it may be.
+    or "", the number itself), and the most that it may be. `short` names it in the short table.
     """
     def text(samples):
         if samples is None or isinstance(samples, str):
@@ -761,7 +763,8 @@ def row(what, ours, limit=None, peers=None, unit=1, targets=()):
         return f"{np.median(samples) / unit:.3g}" + spread * (np.size(samples) > 1)
 
     peers = peers or {}
-    medians = [np.median(samples) for samples in peers.values() if not isinstance(samples, str)]
+    medians = {np.median(samples): name for name, samples in peers.items()
+               if not isinstance(samples, str)}
     ratios = {"": np.median(ours) / unit}
     if limit is not None:
         ratios["limit"] = np.median(ours) / np.median(limit)
@@ -774,6 +777,12 @@ def row(what, ours, limit=None, peers=None, unit=1, targets=()):
         what, text(ours), *(text(peers.get(name)) for name in PEERS), text(limit),
         *(f"{ratios[name]:.2f}" if name in ratios else "" for name in ("limit", "fastest peer")),
         ", ".join(wanted), ", ".join(reached)]), "|", flush=True)
+    if short:
+        fastest = f"{min(medians) / unit:.3g} ({medians[min(medians)]})" if medians else ""
+        summary.append([
+            short, f"{np.median(ours) / unit:.3g}", fastest,
+            "" if limit is None else f"{np.median(limit) / unit:.3g}",
+            *(f"{ratios[to]:.2f}" if to in ratios else "" for to in ("fastest peer", "limit"))])
 
 
 def prefill_of(results):
@@ -803,11 +812,12 @@ def bench_speed(size):
         what = f"num_layers={size['layers']}, float32"
         row(f"1. prefill of {S} tokens, {what}, s", prefill_of(ours), faster(prefill_of(products)),
             {name: prefill_of(results) for name, results in peers.items()},
-            targets=[("limit", 1.1), ("fastest peer", 1)])
+            targets=[("limit", 1.1), ("fastest peer", 1)],
+            short=f"prefill of {S} tokens, {what}, s; limit: its products")
         row(f"2. decode after them, {what}, ms per token", decode_of(ours),
             faster(decode_of(products)),
             {name: decode_of(results) for name, results in peers.items()}, 1e-3,
-            [("limit", 1.1), ("fastest peer", 0.67)])
+            [("limit", 1.1), ("fastest peer", 0.67)], "decode, ms per token; limit: its products")
         bench_batch(workers, BATCH, S // BATCH, size["repeats"])
         bench_16_bits(stack, workers["ours"], config, size["repeats"], run)
     layouts = [f"{np.median(prefill_of(products)[:, i]):.3g} s and "
@@ -833,8 +843,9 @@ def bench_16_bits(stack, ours, config, rounds, run):
     for dtype, peers in (("bfloat16", ["transformers"]), ("float16", [])):
         for what, of, unit in (("prefill, s", prefill_of, 1),
                                ("decode, ms per token", decode_of, 1e-3)):
-            row(f"5. {dtype} {what}; limit: ours in float32", of(found[dtype]),
-                of(found["float32"]), {name: of(found[name]) for name in peers}, unit)
+            what = f"{dtype} {what}; limit: ours in float32"
+            row(f"5. {what}", of(found[dtype]), of(found["float32"]),
+                {name: of(found[name]) for name in peers}, unit, short=what)
 
 
 def bench_long(lengths):
@@ -872,7 +883,8 @@ def bench_loading(layers, rounds, directory, whole=False):
                 limit, seconds, beyond, prefill, decode, peak = np.array([
                     [only("read", **files), *only("load", **files)] for _ in range(rounds)]).T
                 what = f"6. {form} bfloat16, {2 * parameters(config) / GB:.1f} GB, as {dtype}: "
-                row(f"{what}loading; limit: plain read and conversion, s", seconds, limit)
+                row(f"{what}loading; limit: plain read and conversion, s", seconds, limit,
+                    short=dtype == "float32" and f"loading {what[3:-2]}, s; limit: a plain read")
                 row(f"{what}peak of memory beyond the model, GB", beyond, unit=GB,
                     targets=[("", 1)])
                 if whole:
@@ -929,7 +941,8 @@ def bench_training_step(size):
         limit = faster(np.array(limit))
         what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
         row(f"{what}float32, s", ours, limit, {"transformers": sdpa} if sdpa else problems,
-            targets=[("limit", 1.15), ("fastest peer", 1)])
+            targets=[("limit", 1.15), ("fastest peer", 1)],
+            short=f"{what[3:]}s; limit: its products")
         if eager:
             row(f"{what}transformers with eager attention, s", ours, limit,
                 {"transformers": eager})
@@ -950,7 +963,8 @@ def bench_tiny_training(size, B=128, S=36):
         found = take_turns(workers, 5 * size["repeats"], "run", B, S) | problems
         ours, products = found.pop("ours"), found.pop("products")
         row(f"9. embedded preset: training step with AdamW, {B} x {S} tokens, ms", ours,
-            faster(products), found, 1e-3, [("fastest peer", 1)])
+            faster(products), found, 1e-3, [("fastest peer", 1)],
+            f"training step of the embedded preset, {B} x {S} tokens, ms; limit: its products")
 
 
 def bench_training_memory(size):
@@ -981,7 +995,8 @@ def bench_training_memory(size):
             row(f"10. memory of a training step of {S:,} tokens beyond the weights"
                 f"{f'; limit: that of {S // 2:,}' if half else ''}, {what}",
                 found[S], half, {"transformers": peer} if peer else {}, GB,
-                [("limit", 2.2)] * bool(half) + [("fastest peer", 1)] * bool(peer))
+                [("limit", 2.2)] * bool(half) + [("fastest peer", 1)] * bool(peer),
+                largest == S and f"memory of a training step of {S:,} tokens, GB; limit: of half")
         row(f"10. the same of {largest:,} tokens with recompute=True; limit: without, {what}",
             ours.ask("gradients", largest, True)[1], found[largest], unit=GB)
 
@@ -1041,6 +1056,10 @@ def main(arguments=None):
         bench_training_memory(size)
     if options.full:
         bench_loading(PHI3_MINI["num_layers"], 1, options.directory, whole=True)
+    print("\nIn short:\n")
+    titles = ["measurement", "ours", "fastest peer", "limit", "ours / peer", "ours / limit"]
+    for cells in (titles, ["---"] * len(titles), *summary):
+        print("|", " | ".join(cells), "|")
     print(f"\n{remark}" if remark else "")
     for failure in failures:
         print(f"\nFAILED {failure}")
