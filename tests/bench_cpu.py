@@ -59,7 +59,8 @@ BATCH = 8  # prompts in a batch, which have the tokens of the single prompt
 PEERS = {"KerasHub JAX": ("keras", dict(backend="jax")),
          "KerasHub TensorFlow": ("keras", dict(backend="tensorflow")),
          "KerasHub torch": ("keras", dict(backend="torch")),
-         "transformers": ("transformers", dict(dtype="float32"))}
+         "transformers": ("transformers", dict(dtype="float32")),
+         "llama.cpp": ("llama", dict(dtype="float32"))}
 GROUPS = ["speed", "long", "loading", "tiny", "training"]  # of lines
 GB = 1e9
 failures = []
@@ -555,6 +556,95 @@ def worker_transformers(config, dtype):
             "check_gradients": check_gradients}
 
 
+def worker_llama(config, dtype):
+    """llama.cpp by llama-cpp-python, with both of a random model's files and cache in `dtype`.
+
+    It is no part of tests/requirements.txt: `pip install llama-cpp-python gguf` compiles it.
+    """
+    import ctypes
+
+    import gguf
+    import llama_cpp
+
+    types = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
+    names = {"token_embedding": "token_embd", "pre_attention_layernorm": "attn_norm",
+             "qkv": "attn_qkv", "attention_output": "attn_output",
+             "post_attention_layernorm": "ffn_norm", "feedforward_gate_intermediate": "ffn_up",
+             "feedforward_output": "ffn_down", "sequence_output_layernorm": "output_norm",
+             "reverse_embedding": "output"}
+    llama_cpp.llama_log_set(quiet := llama_cpp.llama_log_callback(lambda *_: None), None)
+
+    def load(config, weights, dtype):
+        """Returns a context of the model with our tree of weights, by way of a GGUF file."""
+        import phi3_ref
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory) / "model.gguf"
+            writer = gguf.GGUFWriter(path, "phi3")
+            writer.add_context_length(4096)
+            writer.add_embedding_length(config["hidden_dim"])
+            writer.add_feed_forward_length(config["intermediate_dim"])
+            writer.add_block_count(config["num_layers"])
+            writer.add_head_count(config["num_query_heads"])
+            writer.add_head_count_kv(config["num_key_value_heads"])
+            writer.add_layer_norm_rms_eps(config.get("layer_norm_epsilon", 1e-6))
+            writer.add_rope_dimension_count(config["hidden_dim"] // config["num_query_heads"])
+            writer.add_rope_freq_base(10000.0)
+            writer.add_vocab_size(config["vocabulary_size"])
+            writer.add_tokenizer_model("no_vocab")
+            for name, array in phi3_ref.named_weights(weights):
+                layer, _, part = name.rpartition(".")
+                block = f"blk.{layer.rpartition('_')[2]}." if layer else ""
+                narrow = dtype == "bfloat16" and array.ndim == 2  # norms are in float32 always
+                array = array.view(np.uint8) if narrow else array.astype(np.float32)
+                writer.add_tensor(f"{block}{names[part]}.weight", array,
+                                  raw_dtype=types["bfloat16"] if narrow else None)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            model = llama_cpp.llama_model_load_from_file(
+                str(path).encode(), llama_cpp.llama_model_default_params())
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = 1024
+        options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
+        options.type_k = options.type_v = int(types[dtype])
+        context = llama_cpp.llama_init_from_model(model, options)
+        if not context:
+            raise RuntimeError("llama.cpp has made no context")
+        context.log = quiet  # which must live on
+        return context
+
+    def step(context, ids, V):
+        """Returns the logits [V] after the last of `ids`."""
+        array = (ctypes.c_int32 * len(ids))(*map(int, ids))
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))):
+            raise RuntimeError("llama_decode has failed")
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (V,))
+
+    def steps(context, ids, V):
+        """Yields the logits after the prompt and after each of NEW tokens."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        for _ in range(1 + NEW):
+            yield (logits := step(context, ids, V))
+            ids = [logits.argmax()]
+
+    def check():
+        import phi3_ref
+        backbone, V = phi3_ref.Phi3Backbone(**SMALL, seed=0), SMALL["vocabulary_size"]
+        small = load(SMALL, backbone.weights, "float32")
+        check_peer(backbone, lambda prompt: next(steps(small, prompt[0], V)).copy()[None],
+                   lambda prompt: list(steps(small, prompt[0], V))[-1].copy()[None])
+
+    context = load(config, random_model(config, dtype).backbone.weights, dtype)
+
+    def run(B, S):
+        ids, times = random_tokens(config, B, S)[0], [time.perf_counter()]
+        times += [time.perf_counter() for _ in steps(context, ids, config["vocabulary_size"])]
+        return np.diff(times).tolist()
+
+    return {"run": run, "check": check}
+
+
 def huggingface_config(config):
     return {"vocab_size": config["vocabulary_size"], "hidden_size": config["hidden_dim"],
             "intermediate_size": config["intermediate_dim"],
@@ -838,9 +928,10 @@ def bench_batch(workers, B, S, rounds):
 def bench_16_bits(stack, ours, config, rounds, run):
     workers, problems = start(stack, config, {
         "bfloat16": ("ours", dict(dtype="bfloat16")), "float16": ("ours", dict(dtype="float16")),
-        "transformers": ("transformers", dict(dtype="bfloat16"))}, run)
+        "transformers": ("transformers", dict(dtype="bfloat16")),
+        "llama.cpp": ("llama", dict(dtype="bfloat16"))}, run)
     found = take_turns({"float32": ours} | workers, rounds, *run) | problems
-    for dtype, peers in (("bfloat16", ["transformers"]), ("float16", [])):
+    for dtype, peers in (("bfloat16", ["transformers", "llama.cpp"]), ("float16", [])):
         for what, of, unit in (("prefill, s", prefill_of, 1),
                                ("decode, ms per token", decode_of, 1e-3)):
             what = f"{dtype} {what}; limit: ours in float32"
@@ -1018,7 +1109,8 @@ def print_machine():
     print(f"\n{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GB; Python "
           f"{sys.version.split()[0]}, NumPy's BLAS {blas['name']} {blas['version']}")
     print(", ".join(f"{name} {version(name)}" for name in (
-        "numpy", "ml_dtypes", "keras", "keras-hub", "jax", "tensorflow", "torch", "transformers")))
+        "numpy", "ml_dtypes", "keras", "keras-hub", "jax", "tensorflow", "torch", "transformers",
+        "llama-cpp-python")))
     print(datetime.datetime.now().astimezone().isoformat(timespec="minutes"))
 
 
