@@ -1002,6 +1002,24 @@ class AdamW:
 # ---- The same, faster ----------------------------------------------------------------------------
 
 
+def upcast_weight(weight):
+    """Return `upcast(weight)`; float16, which NumPy converts bit by bit, 4 times faster."""
+    if weight.dtype != np.float16 or (weight.view(np.uint16) << 1).max(initial=0) >= 0xF800:
+        return upcast(weight)  # (the second: something is infinite or NaN)
+    # Sign, exponent and fraction go where float32 has them. It reads 2^(e - 15) as 2^(e - 127).
+    bits = weight.view(np.int16).astype(np.int32) << 13 & np.int32(-0x70002000)
+    return bits.view(np.float32) * np.float32(2.0**112)
+
+
+def each(function, starts, parallel):
+    """Call `function` with each of `starts`; on all cores, if `parallel`."""
+    if not parallel:
+        collections.deque(map(function, starts), 0)
+        return
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as cores:
+        collections.deque(cores.map(function, starts), 0)  # which raises what `function` raises
+
+
 def linear(x, weight):
     """Compute `textbook_linear` as fast as the hardware and its libraries multiply."""
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
@@ -1017,9 +1035,12 @@ def linear(x, weight):
         # 2 to 127 rows: BLAS is up to 1.8 times faster if a piece comes first, (W x^T)^T.
         rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)  # [n, out]
         size = 128 if few and narrow else 512
-        for start in range(0, len(weight), size):
-            piece = upcast(weight[start : start + size])
+
+        def multiply(start):
+            piece = upcast_weight(weight[start : start + size])
             product[:, start : start + size] = (piece @ rows.T).T if few else rows @ piece.T
+
+        each(multiply, range(0, len(weight), size), narrow and weight.size >= 2**20)
     return product.reshape(*x.shape[:-1], len(weight))
 
 
@@ -3866,8 +3887,14 @@ def read_weights(preset, config, xp):
                 raise ValueError(f"{found[name].path}: {name} cannot be read: {error}") from error
             if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
                 array = stored.astype(config.weight_dtype, copy=False)
-            else:
-                array[...] = stored
+            else:  # a matrix of Keras's lies the other way: 16 rows at once fill whole cache lines
+                size = 16 if xp is np else len(stored)
+
+                def copy(start):
+                    rows = slice(start, start + size)
+                    array[rows] = stored[rows].astype(array.dtype, copy=False)
+
+                each(copy, range(0, len(stored), size), array.size >= 2**20)
             require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
                     "has values that are NaN or infinite")
             return array

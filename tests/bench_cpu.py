@@ -2,10 +2,11 @@
 
 `--only training`, say, measures one group of lines.
 
-Prints one markdown table: what was measured, our time, the same work done by others, the limit and
-the target. Limits are measured in the same run: the bare matrix products of the same shapes
-through NumPy's `@`, or a plain read of the files. Every peer's logits, gradients or losses are
-compared with ours, with equal weights in a small model, before it is timed (not with `--quick`).
+Prints a markdown table: what was measured, our time, the same work done by others, the limit and
+the target; and at the end the lines that matter most, in short. Limits are measured in the same
+run: the bare matrix products of the same shapes through NumPy's `@`, or a plain read of the files.
+Every peer's logits, gradients or losses are compared with ours, with equal weights in a small
+model, before it is timed (not with `--quick`).
 
 How it is timed. Every program is a process of its own, this script with `--worker`. They take
 turns, one repetition at a time, so that a drift of the machine hits all alike, and sleep in
@@ -58,10 +59,12 @@ BATCH = 8  # prompts in a batch, which have the tokens of the single prompt
 PEERS = {"KerasHub JAX": ("keras", dict(backend="jax")),
          "KerasHub TensorFlow": ("keras", dict(backend="tensorflow")),
          "KerasHub torch": ("keras", dict(backend="torch")),
-         "transformers": ("transformers", dict(dtype="float32"))}
+         "transformers": ("transformers", dict(dtype="float32")),
+         "llama.cpp": ("llama", dict(dtype="float32"))}
 GROUPS = ["speed", "long", "loading", "tiny", "training"]  # of lines
 GB = 1e9
 failures = []
+summary = []  # the short table's lines
 
 
 # The programs, each in a process of its own -------------------------------------------------------
@@ -553,6 +556,97 @@ def worker_transformers(config, dtype):
             "check_gradients": check_gradients}
 
 
+def worker_llama(config, dtype):
+    """llama.cpp by llama-cpp-python, with both of a random model's files and cache in `dtype`.
+
+    It is no part of tests/requirements.txt: `pip install llama-cpp-python gguf` compiles it.
+    """
+    import ctypes
+
+    import gguf
+    import llama_cpp
+
+    types = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
+    names = {"token_embedding": "token_embd", "pre_attention_layernorm": "attn_norm",
+             "qkv": "attn_qkv", "attention_output": "attn_output",
+             "post_attention_layernorm": "ffn_norm", "feedforward_gate_intermediate": "ffn_up",
+             "feedforward_output": "ffn_down", "sequence_output_layernorm": "output_norm",
+             "reverse_embedding": "output"}
+
+    def load(config, weights, dtype, flash=-1):
+        """Returns a context of the model with our tree of weights, by way of a GGUF file.
+
+        llama.cpp chooses its attention unless `flash` is 0; its fast one rounds to float16.
+        """
+        import phi3_ref
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory) / "model.gguf"
+            writer = gguf.GGUFWriter(path, "phi3")
+            writer.add_context_length(4096)
+            writer.add_embedding_length(config["hidden_dim"])
+            writer.add_feed_forward_length(config["intermediate_dim"])
+            writer.add_block_count(config["num_layers"])
+            writer.add_head_count(config["num_query_heads"])
+            writer.add_head_count_kv(config["num_key_value_heads"])
+            writer.add_layer_norm_rms_eps(config.get("layer_norm_epsilon", 1e-6))
+            writer.add_rope_dimension_count(config["hidden_dim"] // config["num_query_heads"])
+            writer.add_rope_freq_base(10000.0)
+            writer.add_vocab_size(config["vocabulary_size"])
+            writer.add_tokenizer_model("no_vocab")
+            for name, array in phi3_ref.named_weights(weights):
+                layer, _, part = name.rpartition(".")
+                block = f"blk.{layer.rpartition('_')[2]}." if layer else ""
+                narrow = dtype == "bfloat16" and array.ndim == 2  # norms are in float32 always
+                array = array.view(np.uint8) if narrow else array.astype(np.float32)
+                writer.add_tensor(f"{block}{names[part]}.weight", array,
+                                  raw_dtype=types["bfloat16"] if narrow else None)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            model = llama_cpp.llama_model_load_from_file(
+                str(path).encode(), llama_cpp.llama_model_default_params())
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = 1024
+        options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
+        options.flash_attn_type = flash
+        options.type_k = options.type_v = int(types[dtype])
+        context = llama_cpp.llama_init_from_model(model, options)
+        if not context:
+            raise RuntimeError("llama.cpp has made no context")
+        return context
+
+    def step(context, ids, V):
+        """Returns the logits [V] after the last of `ids`."""
+        array = (ctypes.c_int32 * len(ids))(*map(int, ids))
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))):
+            raise RuntimeError("llama_decode has failed")
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (V,))
+
+    def steps(context, ids, V):
+        """Yields the logits after the prompt and after each of NEW tokens."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        for _ in range(1 + NEW):
+            yield (logits := step(context, ids, V))
+            ids = [logits.argmax()]
+
+    def check():
+        import phi3_ref
+        backbone, V = phi3_ref.Phi3Backbone(**SMALL, seed=0), SMALL["vocabulary_size"]
+        small = load(SMALL, backbone.weights, "float32", flash=0)
+        check_peer(backbone, lambda prompt: next(steps(small, prompt[0], V)).copy()[None],
+                   lambda prompt: list(steps(small, prompt[0], V))[-1].copy()[None])
+
+    context = load(config, random_model(config, dtype).backbone.weights, dtype)
+
+    def run(B, S):
+        ids, times = random_tokens(config, B, S)[0], [time.perf_counter()]
+        times += [time.perf_counter() for _ in steps(context, ids, config["vocabulary_size"])]
+        return np.diff(times).tolist()
+
+    return {"run": run, "check": check}
+
+
 def huggingface_config(config):
     return {"vocab_size": config["vocabulary_size"], "hidden_size": config["hidden_dim"],
             "intermediate_size": config["intermediate_dim"],
@@ -747,12 +841,12 @@ def take_turns(workers, rounds, *task):
 
 # The table ----------------------------------------------------------------------------------------
 
-def row(what, ours, limit=None, peers=None, unit=1, targets=()):
+def row(what, ours, limit=None, peers=None, unit=1, targets=(), short=None):
     """Prints one measurement.
 
     `ours`, `limit` and the peers are arrays, which are divided by `unit`; a peer may be words that
     say why there is none. `targets` are pairs: what ours is compared with ("limit", "fastest peer",
-    or "", the number itself), and the most that it may be.
+    or "", the number itself), and the most that it may be. `short` names it in the short table.
     """
     def text(samples):
         if samples is None or isinstance(samples, str):
@@ -761,7 +855,8 @@ def row(what, ours, limit=None, peers=None, unit=1, targets=()):
         return f"{np.median(samples) / unit:.3g}" + spread * (np.size(samples) > 1)
 
     peers = peers or {}
-    medians = [np.median(samples) for samples in peers.values() if not isinstance(samples, str)]
+    medians = {np.median(samples): name for name, samples in peers.items()
+               if not isinstance(samples, str)}
     ratios = {"": np.median(ours) / unit}
     if limit is not None:
         ratios["limit"] = np.median(ours) / np.median(limit)
@@ -774,6 +869,12 @@ def row(what, ours, limit=None, peers=None, unit=1, targets=()):
         what, text(ours), *(text(peers.get(name)) for name in PEERS), text(limit),
         *(f"{ratios[name]:.2f}" if name in ratios else "" for name in ("limit", "fastest peer")),
         ", ".join(wanted), ", ".join(reached)]), "|", flush=True)
+    if short:
+        fastest = f"{min(medians) / unit:.3g} ({medians[min(medians)]})" if medians else ""
+        summary.append([
+            short, f"{np.median(ours) / unit:.3g}", fastest,
+            "" if limit is None else f"{np.median(limit) / unit:.3g}",
+            *(f"{ratios[to]:.2f}" if to in ratios else "" for to in ("fastest peer", "limit"))])
 
 
 def prefill_of(results):
@@ -803,11 +904,12 @@ def bench_speed(size):
         what = f"num_layers={size['layers']}, float32"
         row(f"1. prefill of {S} tokens, {what}, s", prefill_of(ours), faster(prefill_of(products)),
             {name: prefill_of(results) for name, results in peers.items()},
-            targets=[("limit", 1.1), ("fastest peer", 1)])
+            targets=[("limit", 1.1), ("fastest peer", 1)],
+            short=f"prefill of {S} tokens, {what}, s; limit: its products")
         row(f"2. decode after them, {what}, ms per token", decode_of(ours),
             faster(decode_of(products)),
             {name: decode_of(results) for name, results in peers.items()}, 1e-3,
-            [("limit", 1.1), ("fastest peer", 0.67)])
+            [("limit", 1.1), ("fastest peer", 0.67)], "decode, ms per token; limit: its products")
         bench_batch(workers, BATCH, S // BATCH, size["repeats"])
         bench_16_bits(stack, workers["ours"], config, size["repeats"], run)
     layouts = [f"{np.median(prefill_of(products)[:, i]):.3g} s and "
@@ -828,13 +930,15 @@ def bench_batch(workers, B, S, rounds):
 def bench_16_bits(stack, ours, config, rounds, run):
     workers, problems = start(stack, config, {
         "bfloat16": ("ours", dict(dtype="bfloat16")), "float16": ("ours", dict(dtype="float16")),
-        "transformers": ("transformers", dict(dtype="bfloat16"))}, run)
+        "transformers": ("transformers", dict(dtype="bfloat16")),
+        "llama.cpp": ("llama", dict(dtype="bfloat16"))}, run)
     found = take_turns({"float32": ours} | workers, rounds, *run) | problems
-    for dtype, peers in (("bfloat16", ["transformers"]), ("float16", [])):
+    for dtype, peers in (("bfloat16", ["transformers", "llama.cpp"]), ("float16", [])):
         for what, of, unit in (("prefill, s", prefill_of, 1),
                                ("decode, ms per token", decode_of, 1e-3)):
-            row(f"5. {dtype} {what}; limit: ours in float32", of(found[dtype]),
-                of(found["float32"]), {name: of(found[name]) for name in peers}, unit)
+            what = f"{dtype} {what}; limit: ours in float32"
+            row(f"5. {what}", of(found[dtype]), of(found["float32"]),
+                {name: of(found[name]) for name in peers}, unit, short=what)
 
 
 def bench_long(lengths):
@@ -872,7 +976,8 @@ def bench_loading(layers, rounds, directory, whole=False):
                 limit, seconds, beyond, prefill, decode, peak = np.array([
                     [only("read", **files), *only("load", **files)] for _ in range(rounds)]).T
                 what = f"6. {form} bfloat16, {2 * parameters(config) / GB:.1f} GB, as {dtype}: "
-                row(f"{what}loading; limit: plain read and conversion, s", seconds, limit)
+                row(f"{what}loading; limit: plain read and conversion, s", seconds, limit,
+                    short=dtype == "float32" and f"loading {what[3:-2]}, s; limit: a plain read")
                 row(f"{what}peak of memory beyond the model, GB", beyond, unit=GB,
                     targets=[("", 1)])
                 if whole:
@@ -929,7 +1034,8 @@ def bench_training_step(size):
         limit = faster(np.array(limit))
         what = f"8. forward and backward of {S} tokens, num_layers={size['learning_layers']}, "
         row(f"{what}float32, s", ours, limit, {"transformers": sdpa} if sdpa else problems,
-            targets=[("limit", 1.15), ("fastest peer", 1)])
+            targets=[("limit", 1.15), ("fastest peer", 1)],
+            short=f"{what[3:]}s; limit: its products")
         if eager:
             row(f"{what}transformers with eager attention, s", ours, limit,
                 {"transformers": eager})
@@ -950,7 +1056,8 @@ def bench_tiny_training(size, B=128, S=36):
         found = take_turns(workers, 5 * size["repeats"], "run", B, S) | problems
         ours, products = found.pop("ours"), found.pop("products")
         row(f"9. embedded preset: training step with AdamW, {B} x {S} tokens, ms", ours,
-            faster(products), found, 1e-3, [("fastest peer", 1)])
+            faster(products), found, 1e-3, [("fastest peer", 1)],
+            f"training step of the embedded preset, {B} x {S} tokens, ms; limit: its products")
 
 
 def bench_training_memory(size):
@@ -981,7 +1088,8 @@ def bench_training_memory(size):
             row(f"10. memory of a training step of {S:,} tokens beyond the weights"
                 f"{f'; limit: that of {S // 2:,}' if half else ''}, {what}",
                 found[S], half, {"transformers": peer} if peer else {}, GB,
-                [("limit", 2.2)] * bool(half) + [("fastest peer", 1)] * bool(peer))
+                [("limit", 2.2)] * bool(half) + [("fastest peer", 1)] * bool(peer),
+                largest == S and f"memory of a training step of {S:,} tokens, GB; limit: of half")
         row(f"10. the same of {largest:,} tokens with recompute=True; limit: without, {what}",
             ours.ask("gradients", largest, True)[1], found[largest], unit=GB)
 
@@ -1003,7 +1111,8 @@ def print_machine():
     print(f"\n{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GB; Python "
           f"{sys.version.split()[0]}, NumPy's BLAS {blas['name']} {blas['version']}")
     print(", ".join(f"{name} {version(name)}" for name in (
-        "numpy", "ml_dtypes", "keras", "keras-hub", "jax", "tensorflow", "torch", "transformers")))
+        "numpy", "ml_dtypes", "keras", "keras-hub", "jax", "tensorflow", "torch", "transformers",
+        "llama-cpp-python")))
     print(datetime.datetime.now().astimezone().isoformat(timespec="minutes"))
 
 
@@ -1041,6 +1150,10 @@ def main(arguments=None):
         bench_training_memory(size)
     if options.full:
         bench_loading(PHI3_MINI["num_layers"], 1, options.directory, whole=True)
+    print("\nIn short:\n")
+    titles = ["measurement", "ours", "fastest peer", "limit", "ours / peer", "ours / limit"]
+    for cells in (titles, ["---"] * len(titles), *summary):
+        print("|", " | ".join(cells), "|")
     print(f"\n{remark}" if remark else "")
     for failure in failures:
         print(f"\nFAILED {failure}")

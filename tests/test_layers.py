@@ -22,6 +22,29 @@ def keras_call(layer, *inputs, **kwargs):
     return keras.ops.convert_to_numpy(layer(*inputs, **kwargs)).astype("float64")
 
 
+# Products -----------------------------------------------------------------------------------------
+
+def test_every_float16_is_upcast_as_numpy_does():
+    """All 65,536: zeros of both signs, subnormals, infinities and NaNs among them."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    finite = np.where(np.isfinite(every), every, np.float16(0))
+    for values in (every, finite, finite.T, finite[::-2, 1::3], every[:0]):
+        np.testing.assert_array_equal(phi3_ref.upcast_weight(values).view(np.uint32),
+                                      values.astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5, 127, 128])
+def test_large_products_in_16_bits(dtype, rows):
+    """Piece by piece on all cores: the product in float64, rounded once; weights of any layout."""
+    square, x = normal(0, (1030, 1030), dtype), normal(1, (2, rows, 1030), dtype)
+    for weight in (square, square.T):
+        ours = phi3_ref.linear(x, weight)
+        assert ours.dtype == x.dtype
+        exact = x.astype("float64") @ weight.T.astype("float64")
+        assert ref.relative_error(ours, exact) <= ref.EPSILON[dtype] / 2 + 1e-6
+
+
 # RMSNorm, SiLU, softmax, dropout -----------------------------------------------------------------
 
 @settings(max_examples=ref.examples(40))

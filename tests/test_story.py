@@ -17,7 +17,7 @@ AHEAD = {"functions_for": {"linear", "rms_norm", "attention", "rms_norm_backward
 
 def test_the_story_is_an_evenings_reading():
     """About 1,000 lines, forward and backward."""
-    assert STORY.count("\n") <= 1160
+    assert STORY.count("\n") <= 1180
 
 
 def names_in(node):
