@@ -18,6 +18,7 @@ Rounding. Where the computation is in 16 bits, matrix products, means, softmax, 
 angles are in float32 nevertheless, and these results are rounded:
 
     linear               the product, once
+    lora                 its sum with the projection
     rms_norm             the normed and scaled vector, once (in transformers before the scale, too)
     RoPE                 cosines and sines; then each product, and each sum of two
     attention            the context, once
@@ -134,11 +135,7 @@ def su_magnitude(stretch, pretraining_sequence_length):
 
 @dataclasses.dataclass(frozen=True)
 class Phi3Config:
-    """The sizes and settings of a Phi-3, under KerasHub's names.
-
-    Raises:
-        ValueError: a value is impossible.
-    """
+    """The sizes and settings of a Phi-3, under KerasHub's names; ValueError: one is impossible."""
 
     vocabulary_size: int  # V
     num_layers: int
@@ -187,12 +184,8 @@ class Phi3Config:
         other factors than one within. (Keys that were cached before keep the old ones: whoever
         crosses that length starts a new cache, as `Phi3CausalLM.next_logits` does.)
 
-        Args:
-            positions: [S], int.
-            long: bool, take su scaling's long factors; see `uses_long_factors`.
-
-        Returns:
-            [cos, sin], each [S, 1, R / 2], in the compute dtype; the 1 broadcasts over heads.
+        For positions [S], [cos, sin] are [S, 1, R / 2] each, in the compute dtype; the 1 broadcasts
+        over heads. When they are `long`, `uses_long_factors` says.
 
         Source: https://arxiv.org/abs/2104.09864, https://arxiv.org/abs/2402.13753; KerasHub's
         `RotaryEmbedding` and `Phi3SuScaledRotaryEmbedding`.
@@ -267,26 +260,39 @@ def textbook_linear(x, weight):
     return matmul(x, weight.T)
 
 
-def linear_backward(gradient, x, weight):
-    """Return the gradients of `linear`'s x, [..., in], and weight, [out, in].
+def linear_backward(gradient, x, weight, frozen=False):
+    """Return the gradients of `linear`'s x, [..., in], and weight, [out, in]; None if it is frozen.
 
     Of y_i = sum_j W_ij x_j, dy_i/dx_j = W_ij, so that x'_j = sum_i y'_i W_ij. And each position n
     has used the same W_ij, with its own x_j: W'_ij = sum_n y'_ni x_nj.
     """
     rows, d_y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))  # [n, in], [n, out]
-    return matmul(d_y, weight).reshape(x.shape), matmul(d_y.T, rows, wide=True)
+    d_weight = None if frozen else matmul(d_y.T, rows, wide=True)
+    return linear(d_y, weight.T).reshape(x.shape), d_weight
+
+
+def lora(x, a, b):
+    """Return what LoRA adds to a projection of x: y = W x + B (A x), of which only A and B learn.
+
+    W is large, and frozen. They are small, as the rank r of B A is, and in float32: `x` is
+    [..., D], `a` is [heads r, D], `b`, for all heads, [C, r]; the result is [..., heads, C].
+
+    Source: https://arxiv.org/abs/2106.09685; Keras's `EinsumDense.enable_lora`, with alpha = r.
+    """
+    low = textbook_linear(upcast(x), a).reshape(*x.shape[:-1], -1, b.shape[1])  # [..., heads, r]
+    return textbook_linear(low, b)
+
+
+def lora_backward(gradient, x, a, b):
+    """Return the gradients of `lora`'s x, a and b: those of its two products."""
+    low = textbook_linear(upcast(x), a).reshape(*x.shape[:-1], -1, b.shape[1])
+    d_low, d_b = linear_backward(upcast(gradient), low, b)
+    d_x, d_a = linear_backward(d_low.reshape(*x.shape[:-1], -1), upcast(x), a)
+    return d_x, d_a, d_b
 
 
 def textbook_rms_norm(x, scale, epsilon):
-    """Divide each vector by its root mean square, then scale its components.
-
-    Args:
-        x: [..., D], a floating-point array.
-        scale: [D].
-        epsilon: float, added to the mean square.
-
-    Returns:
-        Like `x`.
+    """Divide each vector of `x`, [..., D], by its root mean square; multiply by `scale`, [D].
 
     Source: https://arxiv.org/abs/1910.07467; KerasHub's `Phi3LayerNorm`.
     """
@@ -315,16 +321,10 @@ def textbook_rms_norm_backward(gradient, x, scale, epsilon):
 
 
 def rotary_embedding(x, cos, sin):
-    """Rotate pairs of each head's components by its position's angles (RoPE).
+    """Rotate pairs of components of `x`, [B, S, heads, C], by their position's angles (RoPE).
 
-    Args:
-        x: [B, S, heads, C]. Component i pairs with component i + R / 2 (halves, not interleaved);
-            what lies beyond R stays as it is.
-        cos: [S, 1, R / 2], in the dtype of `x`; see `Phi3Config.rotary`.
-        sin: like `cos`.
-
-    Returns:
-        Like `x`.
+    Component i pairs with component i + R / 2 (halves, not interleaved); what lies beyond R stays
+    as it is. `cos` and `sin`, each [S, 1, R / 2], are those of `Phi3Config.rotary`.
     """
     xp, half = get_array_module(x), cos.shape[-1]
     x1, x2 = x[..., :half], x[..., half : 2 * half]  # [B, S, heads, R / 2]
@@ -342,14 +342,10 @@ def rotary_embedding_backward(gradient, cos, sin):
 
 
 def softmax(scores, visible=None):
-    """Return the softmax of `scores` over the last axis; a row that sees nothing gives zeros.
+    """Return the softmax of `scores`, [..., T] in float32 or float64, over the last axis.
 
-    Args:
-        scores: [..., T], float32 or float64.
-        visible: bool, broadcast to `scores`, or None; what is not visible gets probability zero.
-
-    Returns:
-        Like `scores`. (KerasHub's fused path averages all values where nothing is visible.)
+    What is not `visible`, bool and broadcast to `scores`, gets probability zero: a row that sees
+    nothing gives zeros. (KerasHub's fused path averages all values there.)
     """
     xp = get_array_module(scores)
     if scores.size == 0:  # which has no largest element
@@ -375,14 +371,8 @@ def softmax_backward(gradient, probabilities):
 def visible_keys(query_positions, key_positions, sliding_window=None, padding_mask=None):
     """Say which keys each query may see: none that come later, left the window, or are padding.
 
-    Args:
-        query_positions: [S], int.
-        key_positions: [T], int.
-        sliding_window: int or None; a query sees itself and the `sliding_window - 1` keys before.
-        padding_mask: [..., T] or None; 0 is padding.
-
-    Returns:
-        [S, T], bool, or [..., S, T] with a mask.
+    Positions are [S] and [T]. With a `sliding_window`, a query sees itself and `sliding_window - 1`
+    keys before; in the mask, [..., T], 0 is padding. Returns [S, T], bool, or [..., S, T].
     """
     distance = query_positions[:, None] - key_positions
     visible = (distance >= 0) & (distance < (sliding_window or math.inf))
@@ -407,9 +397,7 @@ def prefixed(tap, prefix):
 class Tape(dict):
     """A tap that keeps every array, no copy of it: what derivatives need of the forward.
 
-    Args:
-        looking: the tap of who looks at the same time; the tape keeps what that returns.
-        **arrays: what it has from the start.
+    Of who looks at the same time it keeps what that tap returns. It has `arrays` from the start.
     """
 
     def __init__(self, looking=no_tap, **arrays):
@@ -425,16 +413,14 @@ class Tape(dict):
 def textbook_attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
     """Causal grouped-query attention, step by step, with the whole score matrix in memory.
 
+    The result is like the query. Rows that see no key are zero.
+
     Args:
         query: [B, S, H, C]; the queries are the last S of the T positions.
-        key: [B, T, K, C]; query head h reads key/value head h // G.
-        value: [B, T, K, C].
+        key, value: [B, T, K, C]; query head h reads key/value head h // G.
         padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
         sliding_window: int or None; see `visible_keys`.
         tap: called with "scores", before the mask, and "probabilities", each [B, H, S, T].
-
-    Returns:
-        [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
 
     Source: https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2305.13245; KerasHub's
     `Phi3Attention`, which rounds in 16 bits as often, but scales the product.
@@ -573,18 +559,14 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     """One transformer layer: attention, then a gated feed-forward network, each added to `x`.
 
     Args:
-        x: [B, S, D].
-        weights: dict of arrays as `Phi3Config.layer_shapes` lists them, in the dtype of `x`.
-        config: Phi3Config.
-        rotary: (cos, sin) of the S positions; see `Phi3Config.rotary`.
+        x: [B, S, D], as is the result.
+        weights: dict of arrays as `Phi3Config.layer_shapes` lists them, in the dtype of `x`; maybe
+            with "query_lora_a", "query_lora_b", "value_lora_a" and "value_lora_b", see `lora`.
+        config, rotary: Phi3Config; its `rotary` of the S positions.
         padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
         cache: KVCache or None; what holds the keys and values of the positions before.
-        index: int, the layer's place in the cache.
-        rng: see `dropout`.
+        index, rng: int, the layer's place in the cache; see `dropout`.
         tap: called with all of `LAYER_TAPS` but the last.
-
-    Returns:
-        [B, S, D].
 
     Source: KerasHub's `Phi3Decoder`.
     """
@@ -596,6 +578,10 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     normed = tap("pre_attention_layernorm", normed)
     all_heads = linear(normed, weights["qkv"])  # [B, S, (H + 2K)C]
     all_heads = all_heads.reshape(B, S, H + 2 * K, C)
+    for part, heads in ("query", slice(H)), ("value", slice(-K, None)):
+        if "query_lora_a" in weights:
+            change = lora(normed, weights[f"{part}_lora_a"], weights[f"{part}_lora_b"])
+            all_heads[:, :, heads] = upcast(all_heads[:, :, heads]) + change
     query = tap("attention.query", all_heads[:, :, : -2 * K])  # [B, S, H, C]
     key = tap("attention.key", all_heads[:, :, -2 * K : -K])  # [B, S, K, C]
     value = tap("attention.value", all_heads[:, :, -K:])
@@ -631,8 +617,9 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
 def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape, tap=no_tap):
     """Return the gradients of `decoder_layer`'s x, [B, S, D], and of its weights, a dict like them.
 
-    Read it beside the forward, from that one's last line to its first. Where x went two ways, along
-    the residual and through a branch, its gradient is the sum of what comes back.
+    Read it beside the forward, from its last line to its first. Where x went two ways, the residual
+    and a branch, its gradient is the sum of what comes back. With LoRA all but the adapters is
+    frozen, and not in the dict.
 
     Args:
         gradient: [B, S, D], that of the layer's result.
@@ -642,20 +629,20 @@ def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape
     """
     *_, (rms_norm_backward, attention_backward) = functions_for(config)
     xp, (B, S, _), rate = get_array_module(gradient), gradient.shape, config.dropout
-    epsilon, gradients = config.layer_norm_epsilon, {}
+    epsilon, gradients, frozen = config.layer_norm_epsilon, {}, "query_lora_a" in weights
 
     d_output = dropout_backward(gradient, rate, tape.get("feedforward_output.dropout"))
     d_output = tap("feedforward_output", d_output)
     gate, intermediate = tape["feedforward_gate"], tape["feedforward_intermediate"]
     activated = silu(gate)
     d_gated, gradients["feedforward_output"] = linear_backward(
-        d_output, activated * intermediate, weights["feedforward_output"])
+        d_output, activated * intermediate, weights["feedforward_output"], frozen)
     # Of activated * intermediate, each is the other's derivative.
     d_intermediate = tap("feedforward_intermediate", d_gated * activated)
     d_gate = tap("feedforward_gate", silu_backward(d_gated * intermediate, gate))
     d_normed, gradients["feedforward_gate_intermediate"] = linear_backward(
         xp.concatenate([d_gate, d_intermediate], axis=-1), tape["post_attention_layernorm"],
-        weights["feedforward_gate_intermediate"])
+        weights["feedforward_gate_intermediate"], frozen)
     d_normed = tap("post_attention_layernorm", d_normed)
     d_branch, gradients["post_attention_layernorm"] = rms_norm_backward(
         d_normed, tape["attention_residual"], weights["post_attention_layernorm"], epsilon)
@@ -666,7 +653,7 @@ def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape
     context, keep = tape["attention.context"], tape.get("attention.dropout")
     kept = dropout_backward(context, rate, keep)  # the forward's again: the same function
     d_kept, gradients["attention_output"] = linear_backward(
-        d_output, kept.reshape(B, S, -1), weights["attention_output"])
+        d_output, kept.reshape(B, S, -1), weights["attention_output"], frozen)
     d_context = dropout_backward(d_kept.reshape(context.shape), rate, keep)
     d_query, d_key, d_value = attention_backward(
         tap("attention.context", d_context), tape["attention.query_rotary"],
@@ -678,11 +665,17 @@ def decoder_layer_backward(gradient, weights, config, rotary, padding_mask, tape
     d_query = tap("attention.query", d_query)
     d_normed, gradients["qkv"] = linear_backward(
         xp.concatenate([d_query, d_key, d_value], axis=2).reshape(B, S, -1),
-        tape["pre_attention_layernorm"], weights["qkv"])
+        tape["pre_attention_layernorm"], weights["qkv"], frozen)
+    for part, d_part in (("query", d_query), ("value", d_value)) if frozen else ():
+        a, b = f"{part}_lora_a", f"{part}_lora_b"
+        d_x, gradients[a], gradients[b] = lora_backward(
+            d_part, tape["pre_attention_layernorm"], weights[a], weights[b])
+        d_normed = (upcast(d_normed) + d_x).astype(d_normed.dtype, copy=False)
     d_normed = tap("pre_attention_layernorm", d_normed)
     d_branch, gradients["pre_attention_layernorm"] = rms_norm_backward(
         d_normed, tape["x"], weights["pre_attention_layernorm"], epsilon)
-    return gradient + d_branch, {name: gradients[name] for name in weights}
+    return gradient + d_branch, {
+        name: gradients[name] for name in weights if "_lora_" in name or not frozen}
 
 
 # ---- The KV cache --------------------------------------------------------------------------------
@@ -695,11 +688,9 @@ class KVCache:
     than the W - 1 positions before it, so that memory stays the same however long the text gets.
 
     Args:
-        config: Phi3Config.
-        batch_size: int, B.
+        config, batch_size: Phi3Config; int, B.
         max_length: int, the most positions of a sequence.
-        chunk: int or None, the most positions that come at once; then a sliding window bounds the
-            room.
+        chunk: int or None, the most that come at once; then a sliding window bounds the room.
         xp: the module, `numpy` or `cupy`, that the arrays are of.
     """
 
@@ -751,6 +742,12 @@ def cast(weight, config):
     return weight.astype(config.compute_dtype, copy=False)
 
 
+def cast_layer(layer, config):
+    """Return a dict of a layer's weights in the compute dtype, but LoRA's as they are."""
+    return {name: weight if "_lora_" in name else cast(weight, config)
+            for name, weight in layer.items()}
+
+
 def token_embedding(weights, config, token_ids):
     """Return the vectors [B, S, D] of token ids [B, S]."""
     return cast(weights["token_embedding"][token_ids], config)
@@ -783,11 +780,10 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
             tap=no_tap, tapes=None, recompute=False):
     """Compute the hidden states of token ids, all at once or the next ones of a cached sequence.
 
-    `reverse_embedding` makes logits of them.
+    `reverse_embedding` makes logits of them. They are [B, S, D], in the compute dtype.
 
     Args:
-        weights: the tree of `Phi3Config.build_weights`.
-        config: Phi3Config.
+        weights, config: the tree of `Phi3Config.build_weights`; the Phi3Config.
         token_ids: [B, S], int, on the device of the weights.
         padding_mask: [B, S] or None; see `textbook_attention`. Not with a cache.
         cache: KVCache or None; the S positions come after those that it holds, and into it.
@@ -801,9 +797,6 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
             the layer again: a third more work, and the memory of one layer. (A tap must then not
             change arrays: the second time it is not called.)
 
-    Returns:
-        [B, S, D], in the compute dtype.
-
     Source: https://arxiv.org/abs/2404.14219; KerasHub's `Phi3Backbone`.
     """
     S = token_ids.shape[1]
@@ -813,7 +806,7 @@ def forward(weights, config, token_ids, padding_mask=None, cache=None, total=Non
     rotary = config.rotary(positions, config.uses_long_factors(total or length))
     x = tap("token_embedding", token_embedding(weights, config, token_ids))  # [B, S, D]
     for i, layer in enumerate(weights["transformer_layers"]):
-        layer = {name: cast(weight, config) for name, weight in layer.items()}
+        layer = cast_layer(layer, config)
         layer_tap = prefixed(tap, f"transformer_layer_{i}")
         if tapes is not None:
             tapes.append(Tape(layer_tap, x=x))
@@ -847,8 +840,7 @@ def backward(gradient, weights, config, token_ids, padding_mask, seed, tapes, ta
         tap("sequence_output_layernorm", gradient), tapes.pop()["x"],
         cast(weights["sequence_output_layernorm"], config), config.layer_norm_epsilon)
     for i in reversed(range(config.num_layers)):
-        layer = weights["transformer_layers"][i]
-        layer = {name: cast(weight, config) for name, weight in layer.items()}
+        layer = cast_layer(weights["transformer_layers"][i], config)
         tape, name = tapes.pop(), f"transformer_layer_{i}"
         if len(tape) == 1:  # its x alone: recompute
             tape.looking = no_tap
@@ -857,8 +849,10 @@ def backward(gradient, weights, config, token_ids, padding_mask, seed, tapes, ta
         gradient, d_layer = decoder_layer_backward(
             tap(name, gradient), layer, config, rotary, padding_mask, tape, prefixed(tap, name))
         d_layers.insert(0, d_layer)
-    d_table = token_embedding_backward(
-        tap("token_embedding", gradient), token_ids, config.vocabulary_size)
+    gradient = tap("token_embedding", gradient)
+    if "query_lora_a" in layer:  # all else is frozen
+        return {"transformer_layers": d_layers}
+    d_table = token_embedding_backward(gradient, token_ids, config.vocabulary_size)
     return {"token_embedding": d_table, "transformer_layers": d_layers,
             "sequence_output_layernorm": d_scale}
 
@@ -874,13 +868,8 @@ def cross_entropy(logits, labels, sample_weight=None):
     log(sum_v e^(l_v)) - l_label, whose derivative by l_v is p_v - (v == label): what was foreseen
     less what came. So l'_v = w / N (p_v - (v == label)).
 
-    Args:
-        logits: [B, S, V].
-        labels: [B, S], int in [0, V); at least one.
-        sample_weight: [B, S], or None for ones.
-
-    Returns:
-        loss, float32 or float64, without axes; and the gradient, like `logits`.
+    There is at least one label [B, S], to the logits [B, S, V]; `sample_weight`, [B, S], is w, or
+    None for ones. The loss is without axes, and the gradient like `logits`.
 
     Source: Keras's `SparseCategoricalCrossentropy(from_logits=True)`.
     """
@@ -910,7 +899,7 @@ def sparse_categorical_accuracy(logits, labels, sample_weight=None):
 
 def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, padding_mask=None,
                        seed=None, recompute=False, tap=no_tap, gradient_tap=no_tap):
-    """Compute the loss of a batch, and how every weight should change it.
+    """Compute the loss of a batch, and how every weight that is not frozen would change it.
 
     Args:
         weights, config, token_ids, padding_mask, seed, recompute: as for `forward`.
@@ -922,19 +911,33 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
 
     Returns:
         loss and accuracy, without axes; and a tree like `weights`, float32 or float64, in which
-        tied embeddings are one array.
+        tied embeddings are one array, and with LoRA the adapters alone.
     """
-    tapes = []
+    xp, tapes, pieces = get_array_module(token_ids), [], [...]
     hidden_states = forward(weights, config, token_ids, padding_mask, seed=seed, tap=tap,
                             tapes=tapes, recompute=recompute)
-    logits = tap("logits", reverse_embedding(weights, config, hidden_states))
-    accuracy = sparse_categorical_accuracy(logits, labels, sample_weight)
-    loss, gradient = cross_entropy(logits, labels, sample_weight)
-    del logits  # the largest array of all, for a large vocabulary
-    gradient, d_projection = linear_backward(
-        gradient_tap("logits", gradient), hidden_states, cast(weights["reverse_embedding"], config))
-    gradients = backward(gradient, weights, config, token_ids, padding_mask, seed, tapes,
+    weight = xp.ones(labels.shape) if sample_weight is None else sample_weight
+    frozen = "query_lora_a" in weights["transformer_layers"][0]
+    if frozen and tap is gradient_tap is no_tap:
+        # Logits, the largest array of all, are made where a label counts, a few at a time.
+        where = xp.nonzero(weight)
+        pieces = [tuple(index[start : start + 512] for index in where)
+                  for start in range(0, len(where[0]), 512)]
+    loss, right, d_hidden = *xp.zeros(2), xp.zeros(hidden_states.shape, hidden_states.dtype)
+    for piece in pieces:
+        x, y, share = hidden_states[piece], labels[piece], weight[piece]
+        logits = tap("logits", reverse_embedding(weights, config, x))
+        right += sparse_categorical_accuracy(logits, y, share) * xp.maximum(share.sum(), 1e-7)
+        piece_loss, gradient = cross_entropy(logits, y, share * (y.size / labels.size))
+        del logits
+        d_hidden[piece], d_projection = linear_backward(
+            gradient_tap("logits", gradient), x, cast(weights["reverse_embedding"], config), frozen)
+        loss += piece_loss
+    accuracy = right / xp.maximum(weight.sum(), 1e-7)
+    gradients = backward(d_hidden, weights, config, token_ids, padding_mask, seed, tapes,
                          gradient_tap)
+    if frozen:
+        return loss, accuracy, gradients
     if config.tie_word_embeddings:  # used twice: its gradient is the sum of both
         gradients["token_embedding"] += d_projection
         d_projection = gradients["token_embedding"]
@@ -948,10 +951,7 @@ class AdamW:
     m and v are running means of the gradient g and of g^2, which keep beta_1 and beta_2 of
     themselves in each step; having begun at zero they are too small, and divided by 1 - beta^step.
     Then w -= learning_rate (m / (v^(1/2) + epsilon) + weight_decay w). (As Keras has it, epsilon
-    stands beside the v^(1/2) that is still too small.)
-
-    Raises:
-        ValueError: a value is impossible.
+    stands beside the v^(1/2) that is still too small.) A value that is impossible is a ValueError.
 
     Source: https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101; Keras's `AdamW`.
     """
@@ -1183,7 +1183,10 @@ def attention_backward(gradient, query, key, value, padding_mask=None, sliding_w
 
 
 def named_weights(weights):
-    """Yield (name, array) of a tree of weights, under the names that `build_weights` gives."""
+    """Yield (name, array) of a tree of weights, under the names that `build_weights` gives.
+
+    LoRA's adapters are "transformer_layer_0.query_lora_a" and so on.
+    """
     for name, value in weights.items():
         if name == "transformer_layers":
             for i, layer in enumerate(value):
@@ -1193,11 +1196,25 @@ def named_weights(weights):
             yield name, value
 
 
+def tree_of(arrays):
+    """Return the tree of weights of which `named_weights` yields the items of the dict `arrays`."""
+    tree = {}
+    for name, array in arrays.items():
+        layer, _, part = name.rpartition(".")
+        place = tree
+        if layer:
+            layers, i = tree.setdefault("transformer_layers", []), int(layer.rpartition("_")[2])
+            layers += [{}] * (i == len(layers))
+            place = layers[i]
+        place[part] = array
+    return tree
+
+
 def keras_variables(weights, config):
     """Yield (path in Keras's HDF5 file, view of that shape) in the order of `get_weights()`.
 
     The views share memory with `weights`: reading them converts to Keras's layout, writing to
-    them converts from it.
+    them converts from it. (LoRA's adapters stand behind their weights, and are in no such file.)
 
     Args:
         weights: a tree as `Phi3Config.build_weights` makes it.
@@ -1214,14 +1231,69 @@ def keras_variables(weights, config):
         gate, intermediate = layer["feedforward_gate_intermediate"].reshape(2, -1, D)  # [F, D]
         yield f"{path}/pre_attention_layernorm/vars/0", layer["pre_attention_layernorm"]
         yield f"{path}/attention/query_dense/vars/0", qkv[:, :H]
+        yield from keras_adapter(layer, "query", f"{path}/attention/query_dense")
         yield f"{path}/attention/key_dense/vars/0", qkv[:, H : H + K]
         yield f"{path}/attention/value_dense/vars/0", qkv[:, H + K :]
+        yield from keras_adapter(layer, "value", f"{path}/attention/value_dense")
         yield f"{path}/attention/output_dense/vars/0", output
         yield f"{path}/post_attention_layernorm/vars/0", layer["post_attention_layernorm"]
         yield f"{path}/feedforward_intermediate_dense/vars/0", intermediate.T
         yield f"{path}/feedforward_gate_dense/vars/0", gate.T
         yield f"{path}/feedforward_output_dense/vars/0", layer["feedforward_output"].T
     yield "layers/phi3_layer_norm/vars/0", weights["sequence_output_layernorm"]
+
+
+def keras_adapter(layer, part, path):
+    """Yield (path, view in Keras's layout) of one of a layer's LoRA adapters, if it has any."""
+    if f"{part}_lora_a" in layer:
+        a, b = layer[f"{part}_lora_a"], layer[f"{part}_lora_b"]
+        a = a.reshape(-1, b.shape[1], a.shape[1])  # [heads, r, D]
+        yield f"{path}/lora_kernel_a", a.transpose(2, 0, 1)  # [D, heads, r]
+        yield f"{path}/lora_kernel_b", b.T  # [r, C]
+
+
+def adapters(weights):
+    """Return {name: array} of a tree's LoRA adapters, which learn while all else is frozen."""
+    return {name: array for name, array in named_weights(weights) if "_lora_" in name}
+
+
+def lora_variables(weights):
+    """Yield (path in KerasHub's .lora.h5 file, view of that shape) of a tree's LoRA adapters.
+
+    KerasHub numbers the layers that have weights: of a decoder layer's 11, those of value and query
+    are the eighth and the tenth.
+    """
+    for i, layer in enumerate(weights["transformer_layers"]):
+        for part, place in (("value", 8), ("query", 10)):
+            yield from keras_adapter(layer, part, f"lora/{11 * i + place}/vars")
+
+
+def with_adapters(weights, config, rank, make):
+    """Return a tree with the weights and LoRA's adapters, made by `make(shape, inputs)`.
+
+    The adapters are in the dtype of gradients. `inputs` is Keras's number of A's; for B it is None.
+    """
+    arrays, D = dict(named_weights(weights)), config.hidden_dim
+    parts = ("query", config.num_query_heads), ("value", config.num_key_value_heads)
+    for i, (part, heads) in itertools.product(range(config.num_layers), parts):
+        name = f"transformer_layer_{i}.{part}_lora"
+        arrays[f"{name}_a"] = make((heads * rank, D), heads * D)
+        arrays[f"{name}_b"] = make((config.head_dim, rank), None)
+    return tree_of(arrays)
+
+
+def merged(weights, config):
+    """Return a tree without LoRA's adapters: their products are in its weights, rounded once."""
+    H, K, arrays = config.num_query_heads, config.num_key_value_heads, dict(named_weights(weights))
+    for i, layer in enumerate(weights["transformer_layers"]):
+        if "query_lora_a" in layer:
+            arrays[f"transformer_layer_{i}.qkv"] = qkv = layer["qkv"].copy()
+            query, _, value = split(qkv, (H, K, K))
+            for part, weight in (("query", query), ("value", value)):
+                a, b = (arrays.pop(f"transformer_layer_{i}.{part}_lora_{x}") for x in "ab")
+                change = b @ a.reshape(-1, b.shape[1], a.shape[1])  # [heads, C, D]
+                weight[...] = upcast(weight) + change.reshape(weight.shape)
+    return tree_of(arrays)
 
 
 def split(array, shares):
@@ -1235,8 +1307,10 @@ def split(array, shares):
 def unfused(tree, config):
     """Return {name: view} of a tree's arrays, as they are thought of: query, key, value, and so on.
 
-    Tied embeddings are in it once.
+    Tied embeddings are in it once; and where there are LoRA adapters, nothing else.
     """
+    if adapters(tree):
+        return adapters(tree)
     H, K, views = config.num_query_heads, config.num_key_value_heads, {}
     both = {"feedforward_gate": 1, "feedforward_intermediate": 1}
     fused = {"qkv": {"query": H, "key": K, "value": K}, "feedforward_gate_intermediate": both}
@@ -1270,14 +1344,15 @@ def huggingface_name(name):
 
 
 def huggingface_tensors(weights, config):
-    """Yield (Hugging Face's name, array) of every weight: their layout is ours.
+    """Yield (Hugging Face's name, array) of every weight but LoRA's: their layout is ours.
 
     Args:
         weights: a tree as `Phi3Config.build_weights` makes it.
         config: the Phi3Config whose tree it is.
     """
     for name, array in named_weights(weights):
-        if name != "reverse_embedding" or not config.tie_word_embeddings:
+        if "_lora_" not in name and not (
+                name == "reverse_embedding" and config.tie_word_embeddings):
             yield huggingface_name(name), array
 
 
@@ -1772,6 +1847,8 @@ class Phi3Backbone:
         with self.memory_for_weights():
             ours = self.config.build_weights(
                 lambda name, shape: self.xp.empty(shape, self.config.weight_dtype))
+            ours = tree_of(dict(named_weights(ours)) | {
+                name: self.xp.empty_like(array) for name, array in adapters(self.weights).items()})
         views = list(keras_variables(ours, self.config))
         require(len(weights) == len(views),
                 f"`weights` must have {len(views)} arrays. Received: {len(weights)}")
@@ -1786,16 +1863,101 @@ class Phi3Backbone:
                     "With `tie_word_embeddings`, weights[1] must be weights[0] transposed.")
         self.weights = ours
 
+    def count_params(self):
+        """Return the number of parameters, LoRA's among them; tied embeddings count once."""
+        return self.config.count_params() + sum(x.size for x in adapters(self.weights).values())
+
     def summary(self):
-        """Print a table of the weights: name, shape, parameters and bytes."""
+        """Print a table of the weights: name, shape, parameters and bytes; and how many learn."""
         print(f'Model "{self.name}", {self.dtype} policy')
         print(f"{'layer':<50}{'shape [out, in]':>18}{'parameters':>15}{'bytes':>17}")
-        size = self.weight_dtype.itemsize
+        rows = {}
         for name, shape in named_weights(self.build_weights(lambda name, shape: shape)):
             if name != "reverse_embedding" or not self.tie_word_embeddings:
-                count = math.prod(shape)
-                print(f"{name:<50}{list(shape)!s:>18}{count:>15,}{count * size:>17,}")
-        print(f"{'total':<68}{self.count_params():>15,}{self.count_params() * size:>17,}")
+                rows[name] = shape, self.weight_dtype.itemsize
+        learning = {name: (x.shape, x.itemsize) for name, x in adapters(self.weights).items()}
+        rows |= learning
+        learning = (learning or rows) if self.trainable else {}
+        for name, (shape, size) in rows.items():
+            count = math.prod(shape)
+            print(f"{name:<50}{list(shape)!s:>18}{count:>15,}{count * size:>17,}")
+        frozen = [name for name in rows if name not in learning]
+        for what, names in (("trainable", learning), ("frozen", frozen), ("total", rows)):
+            counts = {name: math.prod(rows[name][0]) for name in names}
+            size = sum(count * rows[name][1] for name, count in counts.items())
+            print(f"{what:<68}{sum(counts.values()):>15,}{size:>17,}")
+
+    def enable_lora(self, rank):
+        """Freeze the weights, and add adapters to the query and value projections, which learn.
+
+        The model computes what it did, for B begins with zeros. What the optimizer has learned is
+        of the weights: `compile` it anew.
+
+        Args:
+            rank: int, r; see `lora`.
+
+        Raises:
+            MemoryError: there is less memory than the adapters need.
+            ValueError: `rank` is no positive integer, or LoRA is enabled already.
+
+        Source: KerasHub's `Backbone.enable_lora`.
+        """
+        require_int("rank", rank)
+        require(not adapters(self.weights), "LoRA is already enabled. It can only be once.")
+        dtype = upcast(np.empty(0, self.weight_dtype)).dtype
+        rng = np.random.default_rng([self.training_seed, 2, 1])
+
+        def make(shape, inputs):  # Keras's "he_uniform", and "zeros"
+            limit = math.sqrt(6 / inputs) if inputs else 0
+            return self.xp.asarray(rng.uniform(-limit, limit, shape), dtype)
+
+        self.weights = with_adapters(self.weights, self.config, rank, make)
+        self.trainable = True
+
+    def save_lora_weights(self, filepath):
+        """Write LoRA's adapters to a file that KerasHub loads; its name ends in ".lora.h5".
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: LoRA is not enabled, or the name has another end.
+        """
+        views, path = dict(lora_variables(self.weights)), pathlib.Path(filepath)
+        require(views, "LoRA is not enabled: call `enable_lora(rank)` first.")
+        require(path.name.endswith(".lora.h5"),
+                f'The filename must end in ".lora.h5". Received: {filepath}')
+        rank = self.weights["transformer_layers"][0]["query_lora_b"].shape[1]
+        with staged(path.parent) as temporary:
+            write_hdf5(temporary / path.name, [("lora/vars/rank", np.array(rank)), *views.items()])
+
+    def load_lora_weights(self, filepath):
+        """Take LoRA's adapters from a file, KerasHub's or ours; they are enabled if need be.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or its adapters are of another rank or another model.
+        """
+        self.weights, self.trainable = read_lora(
+            pathlib.Path(filepath), self.weights, self.config, self.xp), True
+
+    def load_adapter(self, directory):
+        """Merge an adapter that PEFT saved into the weights, which are then the only ones.
+
+        Weights that are mapped from a file are copied where they change. Each is rounded once.
+
+        Args:
+            directory: str or path, with adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is not there.
+            MemoryError: there is less memory than the changed weights need.
+            ValueError: a file is damaged, or its adapter is of another model, or of a kind that
+                cannot be merged; the weights are as they were.
+
+        Source: PEFT's `LoraModel.merge_and_unload`.
+        """
+        with memory_for("weights with the adapter in them", self.xp):
+            self.weights = merge_adapter(
+                pathlib.Path(directory), self.weights, self.config, self.xp)
 
     def get_config(self):
         """Return the constructor's arguments as a dict in KerasHub's form."""
@@ -1867,6 +2029,8 @@ class Phi3Backbone:
     def save_to_preset(self, directory, max_shard_size=10):
         """Write the configuration and weights to `directory` in Keras's format.
 
+        LoRA's adapters are merged into what is written.
+
         Args:
             directory: str or path; made if need be.
             max_shard_size: number or None; more GB (2^30 bytes) of weights than this go to several
@@ -1884,14 +2048,16 @@ class Phi3Backbone:
         if (config.pop("sliding_window", None) or math.inf) < self.max_sequence_length:
             warnings.warn("Keras's format knows no sliding window: it is left out.", stacklevel=2)
         with staged(directory) as temporary:
-            write_weights(temporary, self.weights, self.config, max_shard_size)
+            write_weights(temporary, merged(self.weights, self.config), self.config,
+                          max_shard_size)
             write_json(temporary / "config.json",
                        keras_object("models.phi3.phi3_backbone", "Phi3Backbone", config))
 
     def export_to_transformers(self, directory, max_shard_size=10):
         """Write the model to `directory` in Hugging Face's format, which transformers loads.
 
-        The output projection is among the weights, as `AutoModelForCausalLM` needs it.
+        The output projection is among the weights, as `AutoModelForCausalLM` needs it; LoRA's
+        adapters are merged into them.
 
         Args:
             directory: str or path; made if need be.
@@ -2865,7 +3031,8 @@ class Phi3CausalLM:
         for start in tqdm(starts, "prompt", delay=1, leave=False, disable=len(starts) == 1):
             new_ids = xp.asarray(token_ids[:, start : min(start + chunk, index)])  # [B, S]
             kernels = kernels_for(cache.arrays)
-            by_graph = (kernels and config.fused and tap is no_tap
+            # (A graph records no products of cuBLAS, which LoRA's are.)
+            by_graph = (kernels and config.fused and tap is no_tap and not adapters(weights)
                         and new_ids.shape[1] == 1 and len(new_ids) <= kernels.LINEAR_ROWS[-1])
             if by_graph:
                 hidden_states = kernels.decode_by_graph(
@@ -3003,7 +3170,8 @@ class Phi3CausalLM:
 
         Returns:
             The loss, a float: sum(sample_weight * cross entropy) / (B S); and the gradients, a tree
-            of arrays like `backbone.weights`, in float32 (in the "float64" policy, float64).
+            of arrays like `backbone.weights` (with LoRA, of the adapters alone), in float32 (in the
+            "float64" policy, float64).
 
         Raises:
             ValueError: an input has the wrong shape, dtype or range.
@@ -3040,7 +3208,8 @@ class Phi3CausalLM:
         if not self.backbone.trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return [loss, accuracy]
-        if config.weight_dtype.itemsize == 2 and not self.optimizer.iterations:
+        narrow = any(weight.dtype.itemsize == 2 for weight in weights.values())
+        if narrow and not self.optimizer.iterations:
             warnings.warn("bfloat16 weights have 8 bits: a step smaller than a 256th of a weight "
                           "may be lost. Take mixed_bfloat16.", stacklevel=2)
         require(all(name in weights and moment.shape == weights[name].shape
@@ -3285,6 +3454,7 @@ def execution_order(name):
     weight, stem = back and stem.endswith(".weight"), stem.removesuffix(".weight" if back else "")
     layer, stage = re.fullmatch(r"(?s)(?:transformer_layer_(\d+)\.?)?(.*)", stem).groups()
     if weight:
+        stage = re.sub("^(query|value)_lora_[ab]$", r"attention.\1", stage)
         stage = {"qkv": "attention.query", "feedforward_gate_intermediate": "feedforward_gate",
                  "reverse_embedding": "logits"}.get(stage, stage)
     stages = ["token_embedding", *LAYER_TAPS, "sequence_output_layernorm", "logits"]
@@ -3598,8 +3768,8 @@ class Preset:
         self.config = self.json("config.json")
         self.format = "keras" if "registered_name" in (self.config or {}) else "huggingface"
         require(self.format == "keras" or self.file("adapter_config.json") is None,
-                f"{self.name}/adapter_config.json: an adapter is not applied here. Merge it into "
-                "its model: PEFT's merge_and_unload(), then save_pretrained(directory).")
+                f"{self.name}/adapter_config.json: an adapter is not applied here. Load its model, "
+                "from a directory without it, and then backbone.load_adapter(directory).")
         if self.config is None:
             raise PresetNotFoundError(f"preset {self.name!r} has no config.json")
         found = self.config.get("registered_name", self.config.get("model_type"))
@@ -3659,15 +3829,7 @@ class Preset:
     def json(self, name):
         """Return the object in one of the preset's JSON files, or None where there is no file."""
         path = self.file(name)
-        if path is None:
-            return None
-        content = read_small(path)
-        try:
-            content = parse_json(content)
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
-        return content
+        return None if path is None else read_json(path)
 
     def backbone_config(self):
         """Return the constructor arguments of `Phi3Backbone` that config.json stands for."""
@@ -3733,6 +3895,17 @@ def read_small(path):
     return path.read_bytes()
 
 
+def read_json(path):
+    """Return the object in a JSON file."""
+    content = read_small(path)
+    try:
+        content = parse_json(content)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    require(isinstance(content, dict), f"{path} must hold an object, not a {type(content)}")
+    return content
+
+
 def parse_json(text):
     """Return what a JSON text, as UTF-8 bytes, stands for; a key may not come twice."""
 
@@ -3746,6 +3919,9 @@ def parse_json(text):
 
 # A tensor in a file, not read yet: where it is, what it is, and the function that reads it.
 StoredTensor = collections.namedtuple("StoredTensor", "path shape dtype read")
+
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights may have in files
 
 
 def open_hdf5(path, stack):
@@ -3820,7 +3996,6 @@ def read_weights(preset, config, xp):
     keras = preset.format == "keras"
     open_file = open_hdf5 if keras else open_safetensors
     named_arrays = keras_variables if keras else huggingface_tensors
-    floats = ("float64", "float32", "float16", "bfloat16")
     require(not (keras and config.tie_word_embeddings), f"{preset.name} is in Keras's format, "
             "which holds two embeddings: `tie_word_embeddings` must be False.")
     tied, (embedding, head) = config.tie_word_embeddings, map(
@@ -3870,7 +4045,7 @@ def read_weights(preset, config, xp):
         for name, array in expected.items():
             require(name in found, f"{where}: there is no tensor {name}")
             path, shape, dtype, _ = found[name]
-            require(dtype in floats,
+            require(dtype in FLOATS,
                     f"{path}: {name} must be floating-point, not quantized. Found: {dtype}")
             require(shape == array.shape, f"{path}: {name} must be {array.shape}. Found: {shape}")
         unused = {name for name in found.keys() - expected.keys() if not is_superfluous(name)}
@@ -3922,6 +4097,182 @@ def read_weights(preset, config, xp):
         return config, config.build_weights(lambda name, shape: arrays[huggingface_name(name)])
 
 
+def read_lora(path, weights, config, xp):
+    """Return a tree with the weights and the LoRA adapters of a .lora.h5 file; or ValueError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stored = open_hdf5(path, stack)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # h5py raises its own
+            raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
+        rank = stored.pop("lora/vars/rank", None)
+        require(rank is not None and rank.shape == () and rank.dtype in ("int32", "int64"),
+                f"{path} has no integer lora/vars/rank: it is none of KerasHub's LoRA files")
+        rank, enabled = int(rank.read()), weights["transformer_layers"][0].get("query_lora_b")
+        require(0 < rank < 2**31, f"{path}: the rank must be positive. Found: {rank}")
+        require(enabled is None or enabled.shape[1] == rank, f"{path} has adapters of rank {rank}, "
+                f"but `enable_lora({0 if enabled is None else enabled.shape[1]})` was called.")
+        dtype = upcast(np.empty(0, config.weight_dtype)).dtype
+        zero = np.zeros((), dtype)  # of any shape, it takes no memory
+        expected = dict(lora_variables(with_adapters(
+            weights, config, rank, lambda shape, _: np.broadcast_to(zero, shape))))
+        require(stored.keys() == expected.keys(), f"{path} has adapters of other layers than this "
+                f"model's: {sorted(stored.keys() ^ expected.keys())[:4]} …")
+        for name, array in expected.items():
+            found = stored[name]
+            require(found.shape == array.shape and found.dtype in FLOATS, f"{path}: {name} must be "
+                    f"floating-point, {array.shape}. Found: {found.dtype}, {found.shape}")
+        tree = with_adapters(weights, config, rank, lambda shape, _: xp.empty(shape, dtype))
+        for name, view in lora_variables(tree):
+            try:
+                array = stored[name].read().astype(dtype)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+            require(is_finite(array), f"{path}: {name} has values that are NaN or infinite")
+            view[...] = xp.asarray(array)
+        return tree
+
+
+# Of PEFT's settings, those that are read below, and those that change nothing of a merged model.
+ADAPTER_SETTINGS = {
+    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules",
+    "use_rslora",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config",
+    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
+}
+
+
+def read_adapter_settings(path):
+    """Return PEFT's adapter_config.json as a dict, checked: what cannot be merged is refused."""
+    settings = {"r": 8, "lora_alpha": 8, "init_lora_weights": True, **read_json(path)}
+
+    def check(name, valid, what):
+        value = settings.setdefault(name, None)
+        require(valid(value), f"{path}: `{name}` must be {what}. Found: {value!r:.99}")
+
+    def is_rank(x):
+        return is_int(x) and 0 < x < 2**31
+
+    def is_list(x, of):
+        return x is None or (isinstance(x, list) and all(isinstance(item, of) for item in x))
+
+    def is_pattern(x, valid):  # of any regular expression, as PEFT has it, some take forever
+        return x is None or (isinstance(x, dict) and all(
+            re.fullmatch(r"\^?(\w|\\?\.)+", key) and valid(value) for key, value in x.items()))
+
+    for name, value in settings.items():
+        require(name in ADAPTER_SETTINGS or not value,
+                f"{path}: an adapter with `{name}` ({value!r:.99}) cannot be merged here.")
+    check("peft_type", lambda x: x == "LORA", "'LORA', which alone can be merged here")
+    check("bias", lambda x: x in (None, "none"), "'none': Phi-3 has no biases")
+    check("init_lora_weights", lambda x: x in (None, True, False, "gaussian", "eva", "orthogonal"),
+          "one that leaves the model's weights as they are. (PEFT converts others: "
+          "save_pretrained(…, path_initial_model_for_weight_conversion=…).)")
+    check("use_rslora", lambda x: x in (None, True, False), "true or false")
+    check("r", is_rank, "a positive integer")
+    check("lora_alpha", is_number, "a number")
+    check("rank_pattern", lambda x: is_pattern(x, is_rank), "integers by modules' names")
+    check("alpha_pattern", lambda x: is_pattern(x, is_number), "numbers by modules' names")
+    for name in ("target_modules", "exclude_modules"):
+        check(name, lambda x: isinstance(x, str) or is_list(x, str), "a string or a list of names")
+    check("layers_to_transform", lambda x: is_int(x) or is_list(x, int), "integers")
+    check("layers_pattern", lambda x: x in (None, "", [], "layers", ["layers"]), "'layers'")
+    return settings
+
+
+def read_adapter(directory, weights, config):
+    """Return {module: (A, B, scale)} of an adapter that PEFT saved, where W becomes W + scale B A.
+
+    Modules have Hugging Face's names, of fused weights or of their parts.
+    """
+    paths = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; an adapter that PEFT saved has it. "
+                                    "(Pickles, .bin, are not read, as they can run any code.)")
+    settings, path = read_adapter_settings(paths[0]), paths[1]
+    try:
+        stored = open_safetensors(path, None)
+    except Exception as error:  # safetensors raises its own
+        raise ValueError(f"{path} cannot be read: {str(error)[:500]}") from error
+    found, shapes, result = {}, {}, {}
+    for name, tensor in stored.items():
+        module, _, kind = name_in_causal_lm(name).rpartition(".lora_")
+        pair = found.setdefault(module, {})
+        require(kind in ("A.weight", "B.weight") and kind not in pair,
+                f"{path}: {name!r} is not the A or the B of a module, or is so once more.")
+        pair[kind] = tensor
+    for name, array in huggingface_tensors(weights, config):
+        parts = dict(split_tensors(name, array, config))
+        adapted = {part.removesuffix(".weight") for part in parts} & found.keys()
+        for part, view in (parts if adapted else {name: array}).items():
+            if view.ndim == 2 and "embed_tokens" not in part:  # a table is no product
+                shapes[part.removesuffix(".weight")] = view.shape
+
+    def called(module):  # all ends of its name, and the whole with PEFT's mark of a beginning
+        steps = module.split(".")
+        return {f"^{module}", *(".".join(steps[i:]) for i in range(len(steps)))}
+
+    def is_adapted(module):
+        layer, layers = re.search(r"\.(\d+)\.", module), settings["layers_to_transform"]
+        layers = [layers] if is_int(layers) else layers
+        return (not called(module).isdisjoint(settings["target_modules"])
+                and called(module).isdisjoint(settings["exclude_modules"] or ())
+                and (not layers or (layer is not None and int(layer[1]) in layers)))
+
+    expected = found.keys() & shapes.keys()  # of a pattern, or "all-linear": PEFT saved them all
+    if isinstance(settings["target_modules"], list) and not isinstance(
+            settings["exclude_modules"], str):
+        expected = set(filter(is_adapted, shapes))
+    require(found.keys() == expected, f"{path} adapts other modules than this model has and "
+            f"{paths[0].name} names: {sorted(found.keys() ^ expected)[:4]} …")
+    patterns = [{key.replace("\\.", "."): (place, value)
+                 for place, (key, value) in enumerate((settings[name] or {}).items())}
+                for name in ("rank_pattern", "alpha_pattern")]
+    for module, (rows, columns) in shapes.items():
+        if module in found:
+            rank, alpha = (
+                min((pattern[end] for end in called(module) & pattern.keys()),
+                    default=(0, settings[default]))[1]
+                for pattern, default in zip(patterns, ("r", "lora_alpha"), strict=True))
+            pair = []
+            for kind, shape in (("A.weight", (rank, columns)), ("B.weight", (rows, rank))):
+                tensor, name = found[module].get(kind), f"{module}.lora_{kind}"
+                require(tensor is not None, f"{path}: there is no tensor {name}")
+                require(tensor.dtype in FLOATS and tensor.shape == shape, f"{path}: {name} must be "
+                        f"floating-point, {shape}. Found: {tensor.dtype}, {tensor.shape}")
+                pair.append(tensor.read())
+                require(is_finite(pair[-1]), f"{path}: {name} has values that are NaN or infinite")
+            scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            result[module] = *pair, scale
+    return result
+
+
+def merge_adapter(directory, weights, config, xp):
+    """Return a tree in whose weights are an adapter's changes, rounded once."""
+    adapter, arrays = read_adapter(directory, weights, config), dict(named_weights(weights))
+    for name, array in progress(named_weights(weights), "merging"):
+        if "_lora_" in name:
+            continue
+        whole = huggingface_name(name)
+        names = {part for part, _ in ((whole, array), *split_tensors(whole, array, config))
+                 if part.removesuffix(".weight") in adapter}
+        if names:
+            arrays[name] = array.copy()
+            views = {whole: arrays[name], **dict(split_tensors(whole, arrays[name], config))}
+            for part in names:
+                *pair, scale = adapter[part.removesuffix(".weight")]
+                weight = upcast(views[part])
+                a, b = (xp.asarray(array).astype(weight.dtype) for array in pair)
+                with np.errstate(over="ignore"):  # `is_finite` says it, and where
+                    views[part][...] = weight + b @ a * scale
+            require(is_finite(arrays[name]), f"{directory}: {whole}, with the adapter and as "
+                    f"{array.dtype}, has values that are NaN or infinite")
+    return tree_of(arrays)
+
+
 def is_finite(array):
     """Say whether no value is NaN or infinite; as fast as memory, and without taking any."""
     # IEEE's bits, read as integers, sort like the numbers: infinity lies above all finite ones, and
@@ -3952,8 +4303,6 @@ def in_shards(named_arrays, max_shard_size):
 
 def write_weights(directory, weights, config, max_shard_size):
     """Write weights to HDF5 files as Keras lays them out: one, or several and their index."""
-    import h5py
-
     single, index = WEIGHT_FILES["keras"]
     shards, weight_map = in_shards(keras_variables(weights, config), max_shard_size), {}
     for number, shard in enumerate(shards):
@@ -3961,26 +4310,34 @@ def write_weights(directory, weights, config, max_shard_size):
         require(size <= (max_shard_size or math.inf) * 2**30, "`max_shard_size` "
                 f"({max_shard_size}) is less than the {size:,} bytes of {shard[0][0]}.")
         path = directory / (single if len(shards) == 1 else f"model_{number:05}.weights.h5")
-        try:
-            with h5py.File(path, "w") as file:
-                for name, array in progress(shard, "saving"):
-                    dataset = file.create_dataset(name, data=np.ascontiguousarray(to_numpy(array)))
-                    if array.dtype == ml_dtypes.bfloat16:
-                        dataset.attrs["dtype"] = "bfloat16"
-                    files = weight_map.setdefault("/" + name.rpartition("/")[0], [])
-                    files += [path.name] * (path.name not in files)
-        except RuntimeError as error:  # what h5py raises where a file cannot be closed
-            raise OSError(f"{path} cannot be written: {error}") from error
+        write_hdf5(path, progress(shard, "saving"))
+        for name, _ in shard:
+            files = weight_map.setdefault("/" + name.rpartition("/")[0], [])
+            files += [path.name] * (path.name not in files)
     if len(shards) > 1:
         total = sum(array.nbytes for shard in shards for _, array in shard)
         write_json(directory / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def write_hdf5(path, named_arrays):
+    """Write (name, array) pairs to an HDF5 file, as Keras does."""
+    import h5py
+
+    try:
+        with h5py.File(path, "w") as file:
+            for name, array in named_arrays:
+                dataset = file.create_dataset(name, data=np.asarray(to_numpy(array), order="C"))
+                if array.dtype == ml_dtypes.bfloat16:
+                    dataset.attrs["dtype"] = "bfloat16"
+    except RuntimeError as error:  # what h5py raises where a file cannot be closed
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def export_model(directory, backbone, causal_lm, max_shard_size):
     """Write a model in Hugging Face's format; `causal_lm` is None for the backbone alone."""
     config, preprocessor = backbone.config, causal_lm and causal_lm.preprocessor
-    shards = safetensors_files(in_shards(huggingface_tensors(backbone.weights, config),
-                                         max_shard_size))
+    weights = merged(backbone.weights, config)
+    shards = safetensors_files(in_shards(huggingface_tensors(weights, config), max_shard_size))
     stale = {path.name for path in pathlib.Path(directory).glob("*.safetensors*")} - shards.keys()
     require(not stale, f"{directory} holds other weights, which would be read instead of these, "
             f"or beside them: {sorted(stale)}")
@@ -4192,6 +4549,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("prompt", nargs="?", help="what to ask; the answer goes to standard output")
     add("--preset", default="phi3_tiny_puzzles_en", help="name, directory, kaggle:// or hf://")
+    add("--adapter", metavar="DIR", help="a LoRA adapter that PEFT saved, to be merged")
     add("--backend", default="numpy", choices=("numpy", "cupy"))
     add("--dtype", help=f"one of {', '.join(DTYPE_POLICIES)} (default: float32)")
     add("--max-length", type=int, help="tokens of conversation and answer together")
@@ -4223,6 +4581,8 @@ def main(arguments=None):
         causal_lm = Phi3CausalLM.from_preset(
             options.preset, dtype=options.dtype, backend=options.backend
         )
+        if options.adapter:
+            causal_lm.backbone.load_adapter(options.adapter)
         require(causal_lm.preprocessor, f"preset {options.preset!r} has no tokenizer to ask with")
         causal_lm.compile(sampler=sampler)
         max_length = options.max_length

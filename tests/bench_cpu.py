@@ -724,6 +724,25 @@ def worker_load(directory, dtype):
     return {"run": run, "share": share}
 
 
+def worker_lora(directory):
+    """LoRA on a stored bfloat16 model, whose weights stay mapped from its files."""
+    import phi3_ref
+    causal_lm = phi3_ref.Phi3CausalLM.from_preset(directory, dtype="bfloat16")
+    causal_lm.backbone.enable_lora(8)
+    causal_lm.compile(phi3_ref.AdamW(1e-4), recompute=True)
+
+    def run(S):
+        """Returns the seconds of a forward pass and of a step, and the peak of all memory."""
+        config = causal_lm.backbone.get_config()
+        ids, labels = random_tokens(config, 1, S), random_tokens(config, 1, S)
+        start = time.perf_counter()
+        causal_lm({"token_ids": ids})
+        forward = time.perf_counter() - start
+        return forward, timed_step(causal_lm, ({"token_ids": ids}, labels)), peak_memory()
+
+    return {"run": run}
+
+
 def worker_read(directory, dtype):
     """The limit of loading: reads every byte once, converts it for float32, and keeps nothing."""
     start, piece = time.perf_counter(), np.empty(1 << 17, np.uint16)
@@ -985,6 +1004,14 @@ def bench_loading(layers, rounds, directory, whole=False):
                     row(f"{what}decode, ms per token", decode, unit=1e-3)
                     row(f"{what}peak of memory with these, GiB", peak, unit=1 << 30,
                         targets=[("", most)])
+            if whole and form == "Hugging Face":
+                with Worker("lora", directory=path) as worker:
+                    worker.receive()
+                    forward, step, peak = worker.ask("run", 512)
+                what = "11. LoRA of rank 8, bfloat16, a step of 512 tokens with recompute=True: "
+                row(f"{what}limit: the forward alone, s", step, forward)
+                row(f"{what}peak of memory, the model included, GiB", peak, unit=1 << 30,
+                    targets=[("", 14)])
 
 
 def bench_sharing(directory):

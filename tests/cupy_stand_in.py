@@ -200,6 +200,13 @@ def unique(ar, return_inverse=False):
     return tuple(map(ndarray, found)) if return_inverse else ndarray(found)
 
 
+def nonzero(a):
+    """Where the elements are not zero; the host reads how many there are."""
+    refuse_while_capturing()
+    transfers.append(8)
+    return tuple(map(ndarray, np.nonzero(unwrap(a))))
+
+
 def matmul(a, b):
     """Multiply in the arrays' dtype, in 16 bits summed in float32 and rounded once."""
     if recorded is not None:

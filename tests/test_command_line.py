@@ -200,8 +200,8 @@ def test_help_lists_every_option():
     """--help exits with 0 and names each option."""
     stdout, _ = run("--help")
     for option in (
-        "preset", "backend", "dtype", "max-length", "sampler", "temperature", "seed", "raw",
-        "summary", "trace", "gradients", "compare", "tolerance",
+        "preset", "adapter", "backend", "dtype", "max-length", "sampler", "temperature", "seed",
+        "raw", "summary", "trace", "gradients", "compare", "tolerance",
     ):
         assert f"--{option}" in stdout
 

@@ -75,7 +75,8 @@ def linear_as_on_the_device(x, weight, linear=phi3_ref.linear):
     """Dense layer; on the host the product that the device takes, for BLAS sums by shape."""
     rows = x.reshape(-1, x.shape[-1])
     if type(x) is not np.ndarray or (
-            len(rows) <= kernels_cuda.LINEAR_ROWS[-1] and x.dtype != np.float64):
+            len(rows) <= kernels_cuda.LINEAR_ROWS[-1] and x.dtype != np.float64
+            and weight.flags.c_contiguous):
         return linear(x, weight)
     return phi3_ref.matmul(rows, weight.T).reshape(*x.shape[:-1], len(weight))
 
@@ -445,6 +446,34 @@ def test_training_steps(policy, optimizer):
     for name in moments[0]:
         for on_host, on_device in zip(moments[0][name], moments[1][name], strict=True):
             assert_same(on_host, on_device)
+
+
+@pytest.mark.parametrize("policy", TRAINABLE)
+def test_lora(policy, tmp_path, monkeypatch):
+    """Steps, of which the host reads numbers alone; files; decoding without a graph; merging."""
+    found, captured = [], []
+    monkeypatch.setattr(kernels_cuda, "capture", captured.append)
+    for backend, causal_lm in zip(("numpy", "cupy"), learners(
+            dtype=policy, dropout=0.3, recompute=True), strict=True):
+        causal_lm.sampler = phi3_ref.GreedySampler()
+        backbone, directory = causal_lm.backbone, tmp_path / backend
+        backbone.enable_lora(3)
+        for seed in range(3):
+            cupy_stand_in.transfers.clear()
+            log = causal_lm.train_on_batch(*labelled(batch(14, 9), 64, seed))
+        assert max([0, *cupy_stand_in.transfers]) <= 24
+        backbone.save_lora_weights(directory / "a.lora.h5")
+        again = phi3_ref.Phi3Backbone(**PLAIN, dtype=policy, backend=backend)
+        again.load_lora_weights(directory / "a.lora.h5")
+        text = causal_lm.generate(batch(8, 5, room=9), stop_token_ids=None)["token_ids"]
+        causal_lm.save_to_preset(directory)
+        saved = [path.read_bytes() for path in sorted(directory.glob("*.h5"))]
+        found.append((log, text.tolist(), saved, backbone, again))
+    (*ours, backbone, _), (*theirs, on_device, again) = found
+    assert ours == theirs and not captured
+    assert_same_trees(backbone.weights, on_device.weights)
+    for name, array in phi3_ref.adapters(again.weights).items():
+        assert_same(phi3_ref.adapters(backbone.weights)[name], array)
 
 
 def test_a_graph_is_of_weights_that_learn():

@@ -703,8 +703,8 @@ def test_a_planted_bug_is_found_where_it_is(bug, name, tmp_path):
 
 def transposed(right):
     """A square weight's gradient is not transposed: its shape does not tell."""
-    def linear_backward(gradient, x, weight):
-        x_gradient, weight_gradient = right.linear_backward(gradient, x, weight)
+    def linear_backward(gradient, x, weight, frozen):
+        x_gradient, weight_gradient = right.linear_backward(gradient, x, weight, frozen)
         square = weight.shape[0] == weight.shape[1]
         return x_gradient, weight_gradient.T if square else weight_gradient
     return {"linear_backward": linear_backward}

@@ -27,6 +27,7 @@ VALIDATION = "that is `evaluate`"
 DIFFERENT = {
     "Phi3Backbone.save_to_preset": {"preset_dir is directory": DIRECTORY},
     "Phi3Backbone.export_to_transformers": {"path is directory": DIRECTORY},
+    "Phi3Backbone.enable_lora": {"no target_layer_names": "query and value, KerasHub's default"},
     "Phi3Backbone.summary": {f"no {name}": LAYOUT for name in (
         "line_length", "positions", "print_fn", "expand_nested", "show_trainable", "layer_range")},
     "Phi3Tokenizer.from_preset": {"no config_file": FILE},
