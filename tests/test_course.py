@@ -37,7 +37,7 @@ def tokenizer():
 def test_labels_tell_special_tokens_from_letters(tokenizer):
     ids = [tokenizer.start_token_id, *tokenizer("<|user|>\ns +<|end|>")]
     assert course.labels(tokenizer, np.array(ids)) == [
-        "<s>", "<|user|>", "↵", "s", "▁", "+", "<|end|>"]
+        "<s>", "▁", "<|user|>", "↵", "s", "▁", "+", "<|end|>"]
 
 
 @pytest.mark.parametrize("parts", [(), ("attention", "kv_cache"), ("gradients", "loss")])
