@@ -7,6 +7,7 @@ for each notebook: they compute what is right with phi3_ref, so that no solution
 
 import functools
 import math
+import unittest.mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -284,6 +285,69 @@ def judge_multiplications(answer):
 
 
 # ---- The judges of notebook 2 --------------------------------------------------------------------
+
+
+@exercise("2.1", "Where rotary_embedding takes the two halves of the components, take the even and "
+          "the odd ones; the results go back to the same places.",
+          "Component 2i of the new order must be component i of the old one, and 2i + 1 must be "
+          "i + 16: the order begins 0, 16, 1, 17.")
+def judge_interleaved(answer):
+    """(interleaved, order): RoPE on neighbours, and the components' order that makes it Phi-3's."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2 or not callable(answer[0]):
+        return "It should be a pair: a function of (x, cos, sin), and the order of the components."
+    interleaved, order = answer
+    rng = np.random.default_rng(1)
+    x, angles = rng.standard_normal((2, 7, 3, 32)), rng.uniform(0, 6, (7, 1, 16))
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    wrong = difference(interleaved(x.copy(), np.cos(angles), np.sin(angles)), expected,
+                       what="interleaved's result")
+    if wrong:
+        return wrong
+    if sorted(order) != list(range(32)):
+        return "The order should hold each of 0 to 31 once."
+    halves = phi3_ref.rotary_embedding(x, np.cos(angles), np.sin(angles))
+    ordered = interleaved(x[..., order], np.cos(angles), np.sin(angles))
+    return difference(ordered, halves[..., order], what="interleaved in that order")
+
+
+@exercise("2.2", "The slowest pair of 48 is i = 47. Its frequency must become 32 times smaller.",
+          "Solve (base / 10000) ** (2 * 47 / 96) == 32 for the base.")
+def judge_base(answer):
+    """The base with which pair 47 turns in 131,072 positions as far as before in 4,096."""
+    slowest = [phi3_ref.Phi3Config(8, 1, 96, 8, 1, 1, dtype="float64", rope_max_wavelength=base)
+               .rotary(np.array([length]))[0][0, 0, -1] for base, length in (
+                   (10000, 4096), (float(answer), 131072))]
+    angles = np.arccos(slowest)
+    if abs(angles[1] / angles[0] - 1) < 0.01:
+        return None
+    return (f"With it, the slowest pair turns by {angles[1]:.2f} radians in 131,072 positions, and "
+            f"should turn by {angles[0]:.2f}.")
+
+
+@exercise("2.3", "The prompt takes 24 positions, and each further step one; but one step finds "
+          "that the sequence has outgrown 30 tokens, and forgets its cache.",
+          "Nine tokens are chosen, from the logits at lengths 24 to 32. At length 31 the factors "
+          "change: that step computes 31 positions instead of one.")
+def judge_boundary(answer):
+    """The number of positions that `forward` computes across su scaling's boundary."""
+    causal_lm = phi3_ref.Phi3CausalLM.from_preset(
+        "phi3_tiny_puzzles_en", rope_scaling_type="su", rope_scaling_short_factor=[1.0] * 16,
+        rope_scaling_long_factor=[1.0] * 16, rope_attention_factor=1.0,
+        pretraining_sequence_length=30)
+    causal_lm.compile(sampler="greedy")
+    computed, forward = [], phi3_ref.forward
+
+    def counting_forward(weights, config, token_ids, **others):
+        computed.append(token_ids.shape[1])
+        return forward(weights, config, token_ids, **others)
+
+    prompt = puzzles()[1].apply_chat_template([{"role": "user", "content": "Reverse elephant"}])
+    with unittest.mock.patch.object(phi3_ref, "forward", counting_forward):
+        causal_lm.generate(prompt, max_length=36)
+    if answer == sum(computed):
+        return None
+    return f"It computes {'more' if answer < sum(computed) else 'fewer'}."
 
 
 # ---- The judges of notebook 3 --------------------------------------------------------------------
