@@ -10,6 +10,7 @@ import math
 import unittest.mock
 
 import matplotlib.pyplot as plt
+import ml_dtypes
 import numpy as np
 
 import phi3_ref
@@ -354,6 +355,69 @@ def judge_boundary(answer):
 
 
 # ---- The judges of notebook 4 --------------------------------------------------------------------
+
+
+def traced_puzzle(tap=None, dtype="float64", **changed):
+    """Return the Trace of notebook 4's prompt through the embedded model, changed or tapped."""
+    trace = phi3_ref.Trace()
+    causal_lm = puzzles(dtype)[0]
+    if changed:
+        causal_lm = phi3_ref.Phi3CausalLM.from_preset(
+            "phi3_tiny_puzzles_en", dtype=dtype, **changed)
+    with np.errstate(all="ignore"):
+        causal_lm({"token_ids": ids_of("What is 345 + 278?")},
+                  tap=lambda *named: trace(named[0], tap(*named) if tap else named[1]))
+    return trace
+
+
+@exercise("4.1", "Epsilon is read by every RMSNorm. Which tensor is the first that one computes?",
+          "The first layer normalizes the embedding before attention: the name is the layer's, a "
+          "dot, and the first of phi3_ref.LAYER_TAPS.")
+def judge_first_wrong(answer):
+    """The first tensor that is wrong where epsilon is 1e-3."""
+    wrong = phi3_ref.compare(traced_puzzle(), traced_puzzle(layer_norm_epsilon=1e-3),
+                             tolerance=1e-5)
+    if answer == wrong.first.name:
+        return None
+    place = [row.name for row in wrong.rows]
+    if answer not in place:
+        return f"{answer!r:.60} is not the name of a tensor, as {place[5]!r} is."
+    early = place.index(answer) < place.index(wrong.first.name)
+    return f"{answer} is {'still right' if early else 'wrong, too, but not the first'}."
+
+
+@exercise("4.2", "Each of the 16 numbers: the norm of the logits' error over the norm of the "
+          "oracle's logits.", "Round only tensors whose name is in of_stage[stage], in all four "
+          "layers; return all others unchanged. The model is models['float64'].")
+def judge_costs(answer):
+    """The error of the logits when one kind of tensor is rounded to bfloat16, for all kinds."""
+    reference, expected = traced_puzzle()["logits"], []
+    for stage in phi3_ref.LAYER_TAPS:
+        rounded = {f"transformer_layer_{i}.{stage}".removesuffix(".") for i in range(4)}
+
+        def tap(name, array, rounded=rounded):
+            return array.astype(ml_dtypes.bfloat16).astype(float) if name in rounded else array
+
+        error = traced_puzzle(tap)["logits"] - reference
+        expected.append(np.linalg.norm(error) / np.linalg.norm(reference))
+    return difference(answer, expected, tolerance=0.01)
+
+
+@exercise("4.3", "The two tensors that you multiply stay finite. What is made of them?",
+          "Gate and intermediate are multiplied with each other; the first tensor with a name "
+          "behind that product is the network's output.")
+def judge_first_not_finite(answer):
+    """The first tensor that is not finite in float16 when layer 2's gates are 256 times larger."""
+    patched = {f"transformer_layer_2.feedforward_{part}" for part in ("gate", "intermediate")}
+    trace = traced_puzzle(lambda name, array: array * array.dtype.type(
+        256 if name in patched else 1), "float16")
+    first = next(name for name, array in trace.items() if not np.isfinite(array).all())
+    if answer == first:
+        return None
+    if answer not in trace:
+        return f"{answer!r:.60} is not the name of a tensor, as {first.split('.')[0]!r} is."
+    finite = np.isfinite(trace[answer]).all()
+    return f"{answer} is {'finite' if finite else 'not finite, but another was before it'}."
 
 
 # ---- The judges of notebook 5 --------------------------------------------------------------------

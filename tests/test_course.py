@@ -17,6 +17,13 @@ ROOT = pathlib.Path(phi3_ref.__file__).parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 import course  # noqa: E402
 
+
+def interleaved(x, cos, sin):
+    """RoPE on neighbours, right: with a wrong order of components it is still a wrong answer."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
+
+
 # By exercise: wrong answers that a learner may well give. Each notebook has a part of its own.
 WRONG = {
     "1.1": [3, lambda layers: None, lambda layers: lambda name, array: array,
@@ -26,6 +33,18 @@ WRONG = {
         "query, key, value": layers * S * D * 3 * H * C, "scores and context": layers * S * S * C,
         "attention output": layers * S * D * D, "feed-forward": layers * 2 * S * D * F,
         "logits": S * V * D}],
+}
+WRONG |= {
+    "2.1": [lambda x, cos, sin: x, (phi3_ref.rotary_embedding, np.arange(32)),
+            (interleaved, np.arange(32)), (interleaved, np.zeros(32, int)),
+            (interleaved, np.arange(32).reshape(16, 2).T.reshape(-1))],
+    "2.2": [320_000, 10_000, 10_000 * 32 ** (48 / 47) * 1.02, "larger"],
+    "2.3": [32, 31, 24 + 7 + 30, 100],
+}
+WRONG |= {
+    "4.1": ["transformer_layer_0", "token_embedding", "logits", "pre_attention_layernorm", 3],
+    "4.2": [[1e-3] * 16, [1e-3] * 5, "the residual stream"],
+    "4.3": ["transformer_layer_2.feedforward_gate", "logits", "transformer_layer_2", "float16"],
 }
 
 
