@@ -215,6 +215,41 @@ def ids_of(question):
     return np.array([[tokenizer.start_token_id, *tokenizer(prompt)]])
 
 
+# ---- The judges of notebook 0 --------------------------------------------------------------------
+
+
+@exercise("0.1", "x @ w.T has a row for each row of x, and a column for each row of w.",
+          "The product is [26, 256], which becomes [26, 8, 32]; then the first two axes change "
+          "places.")
+def judge_shape(answer):
+    """The shape of a product that is cut into heads."""
+    expected = np.zeros((26, 128)) @ np.zeros((256, 128)).T
+    return difference(answer, expected.reshape(26, 8, 32).transpose(1, 0, 2).shape, 0)
+
+
+@exercise("0.2", "table[3] is row 3. What is table[np.array([[3, 4], [5, 6]])]?",
+          "Index the table with the whole array of ids; no loop is needed.")
+def judge_look_up(answer):
+    """`answer(table, ids)` is `table[ids]`."""
+    rng = np.random.default_rng(1)
+    table, ids = rng.standard_normal((9, 5)), rng.integers(0, 9, (2, 4))
+    return difference(answer(table, ids), table[ids], 1e-12, "The result")
+
+
+@exercise("0.3", "axis=-1 sums over each row; keepdims=True keeps the axis for the division.",
+          "Subtract each row's maximum before np.exp, so that the largest exponential is 1.")
+def judge_softmax(answer):
+    """`answer(z)` is softmax over the last axis, large numbers included."""
+    z = np.random.default_rng(1).standard_normal((3, 2, 7))
+    for factor, which in ((1, "small"), (1000, "large")):
+        with np.errstate(all="ignore"):
+            given = answer(factor * z)
+        wrong = difference(given, phi3_ref.softmax(factor * z), 1e-9, f"The result of {which} z")
+        if wrong:
+            return wrong
+    return None
+
+
 # ---- The judges of notebook 1 --------------------------------------------------------------------
 
 

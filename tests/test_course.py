@@ -26,6 +26,12 @@ def interleaved(x, cos, sin):
 
 # By exercise: wrong answers that a learner may well give. Each notebook has a part of its own.
 WRONG = {
+    "0.1": [(26, 8, 32), (8, 26, 128), 8, "(8, 26, 32)"],
+    "0.2": [lambda table, ids: table[ids[0]], lambda table, ids: ids, 5],
+    "0.3": [lambda z: np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True),
+            lambda z: np.exp(z - z.max()) / np.exp(z - z.max()).sum(), lambda z: z / z.sum()],
+}
+WRONG |= {
     "1.1": [3, lambda layers: None, lambda layers: lambda name, array: array,
             lambda layers: lambda name, array: 0 * array],
     "1.2": [[10], range(11), range(11, 26), "10 and all after it"],

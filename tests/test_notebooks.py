@@ -86,8 +86,6 @@ def test_it_shows_what_it_prints(path):
 
 def test_exercises(path):
     """Three or more, each with a solution folded away, and a cell that checks the answer."""
-    if path.stem.startswith("00"):
-        return  # the start page has none
     code = "\n".join(cell.source for cell in cells_of(path, "code"))
     checked = re.findall(r'^course\.check\("(\d+\.\d)", answer\);$', code, re.MULTILINE)
     solutions = solutions_of(path)
@@ -96,8 +94,17 @@ def test_exercises(path):
 
 
 def test_they_begin_alike_and_lead_on():
-    """The first code cell is the same in all; each notebook's last cell links to the next."""
+    """The first code cell is the same in all, the map follows; each leads to the next by a link."""
     assert len({cells_of(path, "code")[0].source for path in NOTEBOOKS}) == 1
+    assert all("course.you_are_here(" in cells_of(path, "code")[1].source for path in NOTEBOOKS)
     for path, following in itertools.pairwise(NOTEBOOKS):
         assert f"]({following.name})" in read(path).cells[-1].source
-    assert all("course.you_are_here(" in cells_of(path, "code")[1].source for path in NOTEBOOKS)
+
+
+def test_links_lead_somewhere(path):
+    """Every link to a file names one that is there; the start page has all notebooks."""
+    text = "\n".join(cell.source for cell in cells_of(path, "markdown"))
+    links = set(re.findall(r"\]\(([^):#]+)\)", text))
+    assert not [link for link in links if not (DIRECTORY / link).exists()]
+    if path == NOTEBOOKS[0]:
+        assert {other.name for other in NOTEBOOKS[1:]} <= links
