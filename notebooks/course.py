@@ -13,7 +13,9 @@ import matplotlib.pyplot as plt
 import ml_dtypes
 import numpy as np
 
+import kernels_cuda
 import phi3_ref
+from tests import cuda_on_cpu
 
 # ---- The style of figures ------------------------------------------------------------------------
 
@@ -128,6 +130,80 @@ def you_are_here(*parts, large=False):
     axis.set(xlim=(0, 11.5), ylim=(-1.2, 2.75))
     axis.axis("off")
     plt.show()
+
+
+# ---- CUDA kernels, on the GPU or on the CPU ------------------------------------------------------
+
+
+@functools.cache
+def gpu():
+    """Return the module cupy where there is a GPU, else None: kernels then run on the CPU."""
+    try:
+        return phi3_ref.load_backend("cupy")
+    except (ImportError, RuntimeError):
+        return None
+
+
+def aligned(x):
+    """Return a copy of `x`, float32, that begins where a segment does, as arrays on a GPU do."""
+    memory = np.empty(4 * x.size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    copy = memory[begin : begin + 4 * x.size].view(np.float32).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+def launch(source, name, grid, block, *arguments):
+    """Run a kernel on NumPy arrays, which it may change, and on numbers of NumPy's types.
+
+    Args:
+        source: str, CUDA C++.
+        name: str, the kernel's.
+        grid: int or tuple, the number of blocks.
+        block: int or tuple, the threads of each.
+        *arguments: what the kernel's parameters get.
+
+    Returns:
+        The bytes of global memory that its threads ask for, and the bytes of the segments that hold
+        them, two int. None on a GPU, which does not count.
+
+    Raises:
+        cuda_on_cpu.KernelError: on the CPU, with what the kernel did wrong, and the line.
+    """
+    grid, block = (size if isinstance(size, tuple) else (size,) for size in (grid, block))
+    if gpu() is None:
+        kernel = cuda_on_cpu.Kernel(source, name, count=True, seconds=5)
+        kernel(grid, block, arguments)
+        return kernel.traffic
+    moved = [gpu().asarray(x) if isinstance(x, np.ndarray) else x for x in arguments]
+    kernels_cuda.load_kernel(source, name)(grid, block, tuple(moved))
+    for x, on_gpu in zip(arguments, moved, strict=True):
+        if isinstance(x, np.ndarray):
+            x[...] = on_gpu.get()
+    return None
+
+
+def rms_norm_by(source, name="rms_norm_mine"):
+    """Return a function like `phi3_ref.rms_norm` that launches a kernel, a block for each row."""
+
+    def rms_norm(x, scale, epsilon):
+        D, y = x.shape[-1], aligned(np.full(x.shape, np.nan))
+        launch(source, name, x.size // D, 32, aligned(x), aligned(scale), y,
+               np.int32(x.size // D), np.int32(D), np.float32(epsilon))
+        return y
+
+    return rms_norm
+
+
+def silu_by(source, name="silu_mine"):
+    """Return a function like `phi3_ref.silu` that launches a kernel, a thread for each number."""
+
+    def silu(x):
+        y = aligned(np.full(x.shape, np.nan))
+        launch(source, name, -(-x.size // 128), 128, aligned(x), y, np.int32(x.size))
+        return y
+
+    return silu
 
 
 # ---- Exercises that judge their answers ----------------------------------------------------------
@@ -389,6 +465,54 @@ def judge_boundary(answer):
 # ---- The judges of notebook 3 --------------------------------------------------------------------
 
 
+@exercise("3.1", "m is the largest score of a part, total the sum of e^(score - m), output the sum "
+          "of e^(score - m) times its value.",
+          "In merge, m is the larger of both; what stands in the unit of another m is multiplied "
+          "by e^(that m - m), totals and outputs alike.")
+def judge_merging(answer):
+    """`partial(scores, values)` and `merge(one, other)`, of triples (m, total, output)."""
+    partial, merge = answer
+    rng = np.random.default_rng(31)
+    scores, values = 300 * rng.standard_normal(1000), rng.standard_normal((1000, 32))
+    cuts = slice(0, 100), slice(100, 450), slice(450, 1000)
+    for scale in (0.01, 1):  # in the second, e^score overflows
+        with np.errstate(over="ignore", invalid="ignore"):
+            x, y, z = (partial(scale * scores[cut], values[cut]) for cut in cuts)
+            merged = {"(x, y), z": merge(merge(x, y), z), "z, (y, x)": merge(z, merge(y, x))}
+        expected = phi3_ref.softmax(scale * scores) @ values
+        for order, (_, total, output) in merged.items():
+            if wrong := difference(output / total, expected, what=f"output / total of {order}"):
+                return wrong + " (The scores go up to 900.)" * (scale == 1)
+    return None
+
+
+@exercise("3.2", "Each key and value head is there twice; query heads 0 and 1 read head 0, 2 and 3 "
+          "read head 1.",
+          "np.repeat(weights[index], 2, axis=1) for index in (2 + 9 * layer + 2, and + 3).")
+def judge_heads(answer):
+    """A backbone with as many key/value heads as query heads, and the embedded preset's logits."""
+    backbone, inputs = puzzles()[0].backbone, {"token_ids": ids_of("What is 345 + 278?")}
+    if not isinstance(answer, phi3_ref.Phi3Backbone):
+        return f"It should be a Phi3Backbone, and is {answer!r:.60}."
+    if answer.num_key_value_heads != 4:
+        return f"It has {answer.num_key_value_heads} key/value heads, not 4."
+    return difference(answer(inputs), backbone(inputs), what="Its result")
+
+
+@exercise("3.3", "Query s sees itself and the window - 1 keys before it. (b) asks for the bytes of "
+          "one token times a number of tokens.",
+          "s - (W - 1) is the first key; a token takes 2 * layers * K * C * 2 bytes.")
+def judge_window(answer):
+    """The first key that query 2,999 sees in a window of 2,047, and the window's bytes."""
+    seen = phi3_ref.visible_keys(np.array([2999]), np.arange(3000), 2047)[0]
+    mini = phi3_ref.Phi3Config(32064, 32, 3072, 8192, 32, 32, dtype="bfloat16")
+    expected = int(seen.argmax()), int(seen.sum()) * phi3_ref.KVCache(mini, 1, 1).arrays.nbytes
+    for part, given, right in zip("ab", answer, expected, strict=True):
+        if given != right:
+            return f"({part}) is too {'large' if given > right else 'small'}."
+    return None
+
+
 # ---- The judges of notebook 4 --------------------------------------------------------------------
 
 
@@ -458,7 +582,326 @@ def judge_first_not_finite(answer):
 # ---- The judges of notebook 5 --------------------------------------------------------------------
 
 
+def wrong_kernel(source, name, grid, block, inputs, expected, *numbers):
+    """Launch a kernel with the parameters (inputs..., result, numbers...).
+
+    Returns:
+        None where the result is `expected`, else a text that says what is wrong; and what `launch`
+        returns.
+    """
+    if not isinstance(source, str):
+        return f"It should be the source of a kernel, a str, and is {source!r:.60}.", None
+    result = aligned(np.full(expected.shape, np.nan))
+    sizes = f"With {' and '.join(str(list(x.shape)) for x in inputs)} numbers"
+    try:
+        traffic = launch(source, name, grid, block, *map(aligned, inputs), result, *numbers)
+    except cuda_on_cpu.KernelError as error:
+        return f"{sizes} it was stopped: {error}", None
+    wrong = np.argwhere(~np.isclose(result, expected, rtol=1e-4, atol=1e-5))
+    if len(wrong) == 0:
+        return None, traffic
+    at = tuple(int(i) for i in wrong[0])
+    unwritten = " (which nobody wrote)" if np.isnan(result[at]) else ""
+    return (f"{sizes}, {len(wrong)} of {result.size} numbers are wrong, first that at index "
+            f"{list(at)}: {result[at]:.6g}{unwritten}, not {expected[at]:.6g}."), traffic
+
+
+@exercise("5.1", "Thread `threadIdx.x` has the number `x[threadIdx.x]`; no loop is needed.",
+          "int i = threadIdx.x; then one assignment to y[i].")
+def judge_map(answer):
+    """The source of `twice(x, y)`, a block of 32 threads: y[i] = 2 x[i]."""
+    x = np.random.default_rng(51).standard_normal(32)
+    return wrong_kernel(answer, "twice", 1, 32, [x], 2 * x)[0]
+
+
+@exercise("5.2", "Which number is a thread's? In front of its block stand blockIdx.x whole blocks.",
+          "int i = blockIdx.x * blockDim.x + threadIdx.x; and nothing is done where i >= n.")
+def judge_guard(answer):
+    """The source of `twice_all(x, y, n)`, blocks of 32 threads: y[i] = 2 x[i]."""
+    for n in (64, 100, 5):
+        x = np.random.default_rng(52).standard_normal(n)
+        wrong, _ = wrong_kernel(answer, "twice_all", -(-n // 32), 32, [x], 2 * x, np.int32(n))
+        if wrong:
+            return wrong
+    return None
+
+
+@exercise("5.3", "x counts columns, y counts rows, for blocks and for threads. Guard both.",
+          "Row r, column c of x [rows, cols] is x[r * cols + c]. y has `rows` columns: there the "
+          "same number stands at y[c * rows + r].")
+def judge_transpose(answer):
+    """The source of `transpose(x, y, rows, cols)`, blocks of (8, 4) threads."""
+    for rows, cols in ((4, 8), (8, 24), (5, 19)):
+        x = np.random.default_rng(53).standard_normal((rows, cols))
+        wrong, _ = wrong_kernel(answer, "transpose", (-(-cols // 8), -(-rows // 4)), (8, 4), [x],
+                                x.T, np.int32(rows), np.int32(cols))
+        if wrong:
+            return wrong
+    return None
+
+
+@exercise("5.4", "Each thread stores its own number in shared memory, the first and the last also "
+          "the neighbours outside; numbers outside of x are 0. All wait, then add.",
+          "__shared__ float part[34]; thread t stores part[t + 1] = i < n ? x[i] : 0. No thread "
+          "may return before __syncthreads: guard the reads and the writes instead.")
+def judge_sum_of_three(answer):
+    """The source of `sum_of_three(x, y, n)`, blocks of 32 threads that read each number once."""
+    for n in (32, 96, 100, 5):
+        blocks, x = -(-n // 32), np.random.default_rng(54).standard_normal(n)
+        wrong, traffic = wrong_kernel(answer, "sum_of_three", blocks, 32, [x],
+                                      np.convolve(x, [1, 1, 1], "same"), np.int32(n))
+        least = 4 * (n + 2 * (blocks - 1) + n)
+        if wrong or (traffic and traffic[0] > least):
+            return wrong or (f"The numbers are right, but with n = {n} it asks for {traffic[0]} "
+                             f"bytes of global memory; {least} are enough.")
+    return None
+
+
+@exercise("5.5", "First 128 threads add the number 128 places further to their own, then 64 the "
+          "number 64 places further, and so on; after each step all wait.",
+          "for (int half = 128; half > 0; half /= 2) { if (t < half) part[t] += part[t + half]; "
+          "__syncthreads(); } Before it, all store their number and wait; after it, thread 0 "
+          "writes.")
+def judge_total(answer):
+    """The source of `total(x, y)`, for each row of 256 numbers a block of 256 threads."""
+    x = np.random.default_rng(55).uniform(1, 2, (3, 256))
+    wrong, _ = wrong_kernel(answer, "total", 3, 256, [x], x.sum(axis=1))
+    if wrong:
+        return wrong
+    x = np.ones((1, 256))
+    x[0, 0] = 2**24  # in float32, 2^24 + 1 is 2^24
+    y = aligned(np.zeros(1))
+    launch(answer, "total", 1, 256, aligned(x), y)
+    if y[0] < 2**24 + 200:
+        return (f"Of 2^24 and 255 ones it makes 2^24 + {y[0] - 2**24:.0f}: who adds one number "
+                "after the other loses the ones to rounding. Add pairs, then pairs of pairs.")
+    return None
+
+
+def judge_rms_norm(source, name="rms_norm_mine"):
+    """Check an RMSNorm kernel, a block of 32 threads for each row; None or what is wrong.
+
+    Also return its segments' bytes as a multiple of the least; None on a GPU.
+    """
+    rng, traffic = np.random.default_rng(56), None
+    for rows, D in ((4, 32), (3, 100), (5, 1024)):
+        x, scale = rng.standard_normal((rows, D)), rng.uniform(0.5, 2, D)
+        expected = phi3_ref.textbook_rms_norm(x, scale, 1e-6)
+        wrong, traffic = wrong_kernel(source, name, rows, 32, [x, scale], expected,
+                                      np.int32(rows), np.int32(D), np.float32(1e-6))
+        if wrong:
+            return wrong, None
+    return None, traffic and traffic[1] / (3 * 4 * rows * D)  # x, y and, for each row, the scale
+
+
+@exercise("5.6", "A thread meets the numbers i = threadIdx.x, + 32, + 64, ...: at most 32 of them. "
+          "Both loops meet the same ones, so the first can keep them for the second.",
+          "float kept[32]; let both loops count n from 0 to 31, with i = threadIdx.x + 32 * n and "
+          "a `break` where i >= D; put `#pragma unroll` before each.")
+def judge_read_once(answer):
+    """The source of `rms_norm_mine`, a warp for each row, which reads x once."""
+    wrong, ratio = judge_rms_norm(answer)
+    if wrong or (ratio and ratio > 1.01):
+        return wrong or f"It is right, but takes {ratio:.2f} x the least bytes."
+    return None
+
+
+def causal_attention(S, sliding_window=None):
+    """Return random [query, key, value], each [S, 32], and the attention of this one head."""
+    arrays = list(np.random.default_rng(57).standard_normal((3, S, 32)))
+    batches = (x[None, :, None] for x in arrays)
+    return arrays, phi3_ref.textbook_attention(*batches, None, sliding_window)[0, :, 0]
+
+
+@exercise("5.7", "Change `first`, who fetches which rows of a tile, and where the last tile is. "
+          "Two warps share the rows: one the even, one the odd ones.",
+          "first = blockIdx.x * 64; s = first + threadIdx.x; lane = threadIdx.x % 32, "
+          "warp = threadIdx.x / 32; `row = warp; ...; row += 2`; and the tiles end where the last "
+          "query of the block does: tile < first + 64 && tile < S.")
+def judge_attention_64(answer):
+    """The source of `attention_64`, blocks of 64 threads and queries."""
+    for S in (64, 128, 96):
+        inputs, expected = causal_attention(S)
+        blocks = -(-S // 64)
+        wrong, traffic = wrong_kernel(answer, "attention_64", blocks, 64, inputs, expected,
+                                      np.int32(S), np.float32(32**-0.5))
+        most = 4 * (2 * S * 32 + 2 * 32 * 64 * blocks * (blocks + 1) // 2)
+        if wrong or (traffic and traffic[0] > most):
+            return wrong or (f"The numbers are right, but with S = {S} it asks for {traffic[0]} "
+                             f"bytes; with 64 queries to a tile {most} are enough.")
+    return None
+
+
+@exercise("5.8", "Only the place where the loop over the keys begins changes.",
+          "A query sees itself and window - 1 keys before it, but none before key 0: "
+          "int t = max(0, s - window + 1).")
+def judge_attention_window(answer):
+    """The source of `attention_window`, rung 2 with one more parameter, `int window`."""
+    for S, window in ((64, 10), (64, 1), (32, 99)):
+        inputs, expected = causal_attention(S, window)
+        wrong, traffic = wrong_kernel(answer, "attention_window", S // 32, 32, inputs, expected,
+                                      np.int32(S), np.float32(32**-0.5), np.int32(window))
+        pairs = sum(min(s + 1, window) for s in range(S))
+        most = 4 * (2 * S * 32 + 2 * 32 * pairs)
+        if wrong or (traffic and traffic[0] > most):
+            return wrong or (f"The numbers are right, but with S = {S} and a window of {window} it "
+                             f"asks for {traffic[0]} bytes; {most} are enough.")
+    return None
+
+
+@exercise("5.9", "It is exercise 5.2 with another formula: x / (1 + e^(-x)).",
+          "int i = blockIdx.x * blockDim.x + threadIdx.x; and where i < n: "
+          "y[i] = x[i] / (1 + expf(-x[i]));")
+def judge_silu(answer):
+    """The source of `silu_mine(x, y, n)`, which takes its place in the model."""
+    x = np.linspace(-90, 90, 200)
+    wrong, _ = wrong_kernel(answer, "silu_mine", 2, 128, [x], x / (1 + np.exp(-x)), np.int32(200))
+    if wrong:
+        return wrong
+    causal_lm, inputs = puzzles()[0], {"token_ids": ids_of("What is 345 + 278?")}
+    expected = causal_lm(inputs)
+    with unittest.mock.patch.object(phi3_ref, "silu", silu_by(answer)):
+        return difference(causal_lm(inputs), expected, what="The array of the model's logits")
+
 # ---- The judges of notebook 6 --------------------------------------------------------------------
+
+
+@functools.cache
+def solved(task, count=40):
+    """Return ids [count, S] of questions to the embedded model with their answers, and of others.
+
+    Numbers have three digits and words six letters, so that a position means the same in all. The
+    others share no letter of their word with the first.
+    """
+    rng, pairs = np.random.default_rng(60), []
+    for _ in range(count):
+        a, b, c, d = (int(number) for number in rng.integers(100, 500, 4))
+        letters = "".join(rng.permutation(list("abcdefghijklmnopqrstuvwxyz"))[:12])
+        words = letters[:6], letters[6:]
+        pairs.append({
+            "add": [(f"What is {x} + {y}?", str(x + y)) for x, y in ((a, b), (c, d))],
+            "reverse": [(f"Reverse {word}", word[::-1]) for word in words],
+            "sort": [(f"Sort {word}", "".join(sorted(word))) for word in words],
+        }[task])
+    tokenizer = puzzles()[1]
+    return [np.array([[tokenizer.start_token_id, *tokenizer(tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}]) + answer)] for question, answer in column])
+        for column in zip(*pairs, strict=True)]
+
+
+def taking(changes):
+    """Return a tap that takes from `changes` {name: (index, values)} the values at the index."""
+
+    def tap(name, array):
+        if name in changes:
+            index, values = changes[name]
+            array = array.copy()
+            array[index] = np.broadcast_to(values, array.shape)[index]
+        return array
+
+    return tap
+
+
+def right_tokens(ids, n, tap):
+    """Return [N, n], bool: whether the model predicts each of the answers' n tokens."""
+    logits = puzzles()[0]({"token_ids": ids}, tap=tap)
+    return logits[:, -n - 1 : -1].argmax(axis=-1) == ids[:, -n:]
+
+
+@functools.cache
+def right_without_networks():
+    """Return [4, 2]: digits right without a layer's feed-forward network, if no carry, or one."""
+    ids, tokenizer = solved("add", 100)[0], puzzles()[1]
+    value = {tokenizer.token_to_id(digit): int(digit) for digit in "0123456789"}
+    a, b = (np.vectorize(value.get)(ids[:, at]) for at in ([12, 13, 14], [18, 19, 20]))
+    total = a @ [100, 10, 1] + b @ [100, 10, 1]
+    digits = total[:, None] // [100, 10] % 10  # of the answers, and with the carries left out:
+    carry = digits != (a + b)[:, :2] % 10
+    record, rows = phi3_ref.Trace("*feedforward_output"), []
+    right_tokens(ids, 3, record)
+    for name, array in record.items():
+        tap = taking({name: (np.s_[:], array.mean(axis=0, keepdims=True))})
+        right = right_tokens(ids, 3, tap)[:, :2]
+        rows.append([right[~carry].mean(), right[carry].mean()])
+    return np.array(rows)
+
+
+@exercise("6.1", "Print for each layer the share of right digits without and with a carry, and "
+          "compare the two numbers of a layer.",
+          "The first layer is the one with the largest difference of the two shares. Of the other "
+          "three, one has both shares far below 1.")
+def judge_networks(answer):
+    """The layer that adds the carry, and that which digits with and without a carry miss alike."""
+    shares = right_without_networks()
+    adds = int((shares[:, 0] - shares[:, 1]).argmax())
+    others = [layer for layer in range(4) if layer != adds]
+    says = min(others, key=lambda layer: shares[layer].sum())
+    for layer, expected in zip(answer, (adds, says), strict=True):
+        if layer != expected:
+            plain, carried = shares[layer]
+            return (f"Without layer {layer}'s network {plain:.0%} of the digits that get no carry "
+                    f"are right, and {carried:.0%} of those that get one.")
+    return None
+
+
+@functools.cache
+def zero_and_mean():
+    """Return {(task, head): the share of right answers with the head's context zero, and mean}."""
+    shares = {}
+    for task, n in (("add", 3), ("reverse", 6), ("sort", 6)):
+        ids, record = solved(task)[0], phi3_ref.Trace("*attention.context")
+        right_tokens(ids, n, record)
+        for layer, (name, array) in enumerate(record.items()):
+            for head in range(4):
+                shares[task, f"{layer}.{head}"] = [
+                    right_tokens(ids, n, taking({name: (np.s_[:, :, head], values)})).all(1).mean()
+                    for values in (np.zeros(1, array.dtype), array.mean(axis=0, keepdims=True))]
+    return shares
+
+
+@exercise("6.2", "Make the table [3, 16] with zeros, subtract the notebook's `ablation`, and look "
+          "for the largest absolute value.",
+          "np.unravel_index(np.abs(zeroed - ablation).argmax(), zeroed.shape) gives its row, a "
+          "task of TASKS, and its column, a head of NAMES.")
+def judge_zero(answer):
+    """The task and head at which zero and mean differ most in right answers."""
+    shares = zero_and_mean()
+    largest = max(shares, key=lambda pair: abs(np.subtract(*shares[pair])))
+    if tuple(answer) == largest:
+        return None
+    if tuple(answer) not in shares:
+        return 'It should be a pair of a task and a head, such as ("add", "3.0").'
+    zero, mean = shares[tuple(answer)]
+    return f"There {zero:.0%} are right with zero, {mean:.0%} with the mean: others differ more."
+
+
+@functools.cache
+def places_of_the_fifth_letter():
+    """Return for layers 0, 1 and 2 the position whose residual stream moves it most."""
+    (source, target), record = solved("reverse"), phi3_ref.Trace()
+    right_tokens(source, 6, record)
+    rows, places = np.arange(len(source)), []
+    for layer in range(3):
+        name, leads = f"transformer_layer_{layer}", []
+        for s in range(12, 27):
+            tap = taking({name: (np.s_[:, s], record[name])})
+            logits = puzzles()[0]({"token_ids": target}, tap=tap)[:, -3]  # the fifth of six
+            leads.append((logits[rows, source[:, -2]] - logits[rows, target[:, -2]]).mean())
+        places.append(12 + int(np.argmax(leads)))
+    return places
+
+
+@exercise("6.3", "The fifth letter of the answer is index 4 of what `moved` returns. Take the "
+          "position with the largest value, not the value.",
+          "12 + int(at.argmax()), where `at` has one value for each position from 12 on; once for "
+          "each of LAYERS[:3].")
+def judge_letter(answer):
+    """The positions at which the fifth letter of a reversal is after layers 0, 1 and 2."""
+    for layer, (given, place) in enumerate(
+            zip(answer, places_of_the_fifth_letter(), strict=True)):
+        if given != place:
+            return f"After layer {layer} another position than {given} moves it most."
+    return None
 
 
 # ---- The judges of notebook 7 --------------------------------------------------------------------

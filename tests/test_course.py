@@ -24,6 +24,66 @@ def interleaved(x, cos, sin):
     return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
 
 
+def kernel(name, body, *parameters):
+    """Return a kernel's source, in which `i` is the thread's number among all."""
+    return (f"__global__ void {name}({', '.join(('const float* x', 'float* y', *parameters))}) {{\n"
+            f"int i = blockIdx.x * blockDim.x + threadIdx.x;\n{body} }}")
+
+
+def transpose(body):
+    return kernel("transpose", "int c = i, r = blockIdx.y * blockDim.y + threadIdx.y;\n"
+                  f"if (r < rows && c < cols) {body}", "int rows", "int cols")
+
+
+def partial(scores, values):
+    exponentials = np.exp(scores - scores.max())
+    return scores.max(), exponentials.sum(), exponentials @ values
+
+
+def more_heads(copy):
+    """Return the embedded backbone with 4 key/value heads, copied like this; None: random ones."""
+    backbone = course.puzzles()[0].backbone
+    more = phi3_ref.Phi3Backbone.from_config(backbone.get_config() | {
+        "num_key_value_heads": 4, "dtype": "float32"})
+    if copy:
+        weights = backbone.get_weights()
+        for index in (4, 5, 13, 14, 22, 23, 31, 32):  # [D, K, C], keys and values
+            weights[index] = copy(weights[index], (1, 2, 1))
+        more.set_weights(weights)
+    return more
+
+
+SUM_OF_THREE = kernel("sum_of_three", """__shared__ float part[34]; int t = threadIdx.x;
+    part[t + 1] = i < n ? x[i] : 0;
+    if (t == 0) part[0] = i > 0 ? x[i - 1] : 0;
+    if (t == 31) part[33] = i + 1 < n ? x[i + 1] : 0;
+    __syncthreads();
+    if (i < n) y[i] = part[t] + part[t + 1] + part[t + 2];""", "int n")
+RMS_NORM = """__global__ void rms_norm_mine(const float* x, const float* scale, float* y, int rows,
+                                            int D, float epsilon) {
+    float sum = 0;  // each thread reads the whole row, and once more what it writes
+    for (int i = 0; i < D; ++i) sum += x[blockIdx.x * D + i] * x[blockIdx.x * D + i];
+    for (int i = threadIdx.x; i < D; i += 32)
+        y[blockIdx.x * D + i] = x[blockIdx.x * D + i] * rsqrtf(sum / D + epsilon) * scale[i];
+}"""
+ATTENTION = """__global__ void %s(const float* query, const float* key, const float* value,
+                                  float* out, int S, float scale) {
+    int s = blockIdx.x * blockDim.x + threadIdx.x;
+    if (s >= S) return;
+    float q[32], sum = 0, mixed[32] = {};  // right, but each query reads its keys alone
+    for (int c = 0; c < 32; ++c) q[c] = query[s * 32 + c];
+    for (int t = 0; t <= s; ++t) {
+        float score = 0;
+        for (int c = 0; c < 32; ++c) score += q[c] * key[t * 32 + c];
+        float p = expf(score * scale);
+        sum += p;
+        for (int c = 0; c < 32; ++c) mixed[c] += p * value[t * 32 + c];
+    }
+    for (int c = 0; c < 32; ++c) out[s * 32 + c] = mixed[c] / sum;
+}"""
+WINDOW = (ATTENTION % "attention_window").replace("float scale", "float scale, int window").replace(
+    "int t = 0; t <= s", "int t = max(0, s - window + 1); t <= s")
+
 # By exercise: wrong answers that a learner may well give. Each notebook has a part of its own.
 WRONG = {
     "0.1": [(26, 8, 32), (8, 26, 128), 8, "(8, 26, 32)"],
@@ -51,6 +111,43 @@ WRONG |= {
     "4.1": ["transformer_layer_0", "token_embedding", "logits", "pre_attention_layernorm", 3],
     "4.2": [[1e-3] * 16, [1e-3] * 5, "the residual stream"],
     "4.3": ["transformer_layer_2.feedforward_gate", "logits", "transformer_layer_2", "float16"],
+}
+WRONG |= {
+    "3.1": [(partial, lambda one, other: tuple(a + b for a, b in zip(one, other, strict=True))),
+            (lambda s, v: (0, np.exp(s).sum(), np.exp(s) @ v), lambda x, y: (
+                0, x[1] + y[1], x[2] + y[2])), 3,
+            (partial, lambda one, other: max(one, other, key=lambda triple: triple[0]))],
+    "3.2": [np.repeat, course.puzzles()[0].backbone, more_heads(np.tile), more_heads(None)],
+    "3.3": [(952, 804913152), (953, 804913152 // 2), (2047, 0), 953],
+}
+WRONG |= {
+    "5.1": [3, kernel("twice", "y[i] = x[i];"), kernel("twice", "y[i] = 2 * x[i];")[11:],
+            kernel("twice", "y[i + 1] = 2 * x[i];"), kernel("twice", "while (true) y[i] = 2;")],
+    "5.2": [kernel("twice_all", "y[i] = 2 * x[i];", "int n"),  # no guard
+            kernel("twice_all", "int t = threadIdx.x; if (t < n) y[t] = 2 * x[t];", "int n"),
+            kernel("twice_all", "if (i < n - 1) y[i] = 2 * x[i];", "int n")],
+    "5.3": [transpose("y[r * cols + c] = x[c * rows + r];"), transpose("y[c * rows + r] = x[0];"),
+            transpose("y[c * rows + r] = x[r * cols + c];").replace("r < rows &&", "")],
+    "5.4": [  # three reads; a return before the barrier; no barrier; no neighbours
+        kernel("sum_of_three", "if (i < n) y[i] = x[i] + (i ? x[i - 1] : 0) "
+               "+ (i + 1 < n ? x[i + 1] : 0);", "int n"),
+        SUM_OF_THREE.replace("part[t + 1]", "if (i >= n) return; part[t + 1]", 1),
+        SUM_OF_THREE.replace("__syncthreads();", ""), SUM_OF_THREE.replace("x[i - 1]", "0")],
+    "5.5": [kernel("total", "float sum = 0; for (int j = 0; j < 256; ++j) sum += "
+                   "x[blockIdx.x * 256 + j]; if (threadIdx.x == 0) y[blockIdx.x] = sum;"),
+            kernel("total", "if (threadIdx.x == 0) y[blockIdx.x] = x[i];")],
+    "5.6": [RMS_NORM, RMS_NORM.replace("sum / D", "sum"), "rms_norm_mine"],
+    "5.7": [ATTENTION % "attention_32", ATTENTION % "attention_64",
+            (ATTENTION % "attention_64").replace("t <= s", "t < s")],
+    "5.8": [(ATTENTION % "attention_window").replace("float scale", "float scale, int window"),
+            WINDOW.replace("s - window + 1", "s - window"), WINDOW.replace("max(0, ", "(")],
+    "5.9": [kernel("silu_mine", "if (i < n) y[i] = x[i];", "int n"),
+            kernel("silu_mine", "y[i] = x[i] / (1 + expf(-x[i]));", "int n"), np.tanh],
+}
+WRONG |= {
+    "6.1": [(3, 1), (2, 3), (3, 3), 3],
+    "6.2": [("add", "0.0"), ("reverse", "1.1"), ("sort", "0.1"), "0.1", ("0.1", "reverse")],
+    "6.3": [(13, 13, 25), (12, 20, 25), (13, 20, 21), (13, 20), (4, 4, 4)],
 }
 
 
@@ -127,7 +224,8 @@ def test_the_first_cell_finds_the_modules_from_any_directory(tmp_path, place):
     """In the repository, in its notebooks, in the directory in which it was cloned; or says so."""
     clone = tmp_path / "clone"
     (clone / "notebooks").mkdir(parents=True)
-    for name in ("phi3_ref.py", "notebooks/course.py"):
+    (clone / "tests").mkdir()
+    for name in ("phi3_ref.py", "kernels_cuda.py", "tests/cuda_on_cpu", "notebooks/course.py"):
         (clone / name).symlink_to(ROOT / name)
     code = cells_of(NOTEBOOKS[0], "code")[0].source.replace("%matplotlib inline", "")
 
