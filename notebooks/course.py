@@ -907,10 +907,178 @@ def judge_letter(answer):
 # ---- The judges of notebook 7 --------------------------------------------------------------------
 
 
+def central_differences(function, x, gradient, h=1e-5):
+    """Return the gradient of x, given that of `function(x)`, by two values for each number of x."""
+    result = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[i] = h
+        result[i] = ((function(x + step) - function(x - step)) * gradient).sum() / (2 * h)
+    return result
+
+
+@exercise("7.1", "Of y = f(x), each number for itself, x' is y' times df/dx.",
+          "The derivative of c tanh(x / c) is c (1 - tanh(x / c)^2) / c.")
+def judge_soft_cap(answer):
+    """`answer(gradient, x, cap)` is the gradient of x, where y = cap tanh(x / cap)."""
+    rng = np.random.default_rng(0)
+    for cap in (1.0, 30.0):
+        x, gradient = rng.normal(size=(2, 3, 4)) * [[[cap]], [[1]]]
+        expected = central_differences(lambda x, cap=cap: cap * np.tanh(x / cap), x, gradient)
+        given = answer(gradient, x, cap)
+        if wrong := difference(given, expected, 1e-6, f"The result, cap {cap:g},"):
+            return wrong
+    return None
+
+
+@exercise("7.2", "n_a times g_a is the gradient of the sum over batch A.",
+          "Add the gradients of both sums, and divide by the number of all tokens that count.")
+def judge_accumulation(answer):
+    """`answer(g_a, n_a, g_b, n_b)` is the gradient of the mean over both batches."""
+    causal_lm, ids = puzzles("float64")[0], np.repeat(ids_of("Sort planet"), 2, axis=0)
+    counts = np.zeros((2, ids.shape[1] - 1))
+    counts[0, -3:] = counts[1, -9:] = 1  # three tokens that count, and nine
+
+    def gradient(weight):
+        scaled = weight * weight.size / weight.sum()  # the library's loss is over all labels
+        _, tree = causal_lm.gradients({"token_ids": ids[:, :-1]}, ids[:, 1:], scaled)
+        return tree["transformer_layers"][3]["qkv"]
+
+    parts = [gradient(counts * [[row == 0], [row == 1]]) for row in range(2)]
+    return difference(answer(parts[0], 3, parts[1], 9), gradient(counts), 1e-9, "The gradient")
+
+
+@exercise("7.3", "Compute c' from y' as `norm_backward` does, with c in the place of x.",
+          "c_i = x_i - sum_j x_j / D, so x'_j = c'_j - mean(c'). The scale's gradient is the sum "
+          "of y' n over all vectors, the bias's that of y'.")
+def judge_layer_norm(answer):
+    """`answer(gradient, x, scale, epsilon)` is LayerNorm's derivative: of x, scale and bias."""
+    rng = np.random.default_rng(0)
+    x, gradient, scale = (rng.normal(size=size) for size in ((2, 3, 5), (2, 3, 5), 5))
+
+    def layer_norm(x, scale, bias):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return scale * centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 0.1) + bias
+
+    bias, given = np.zeros(5), answer(gradient, x, scale, 0.1)
+    if not isinstance(given, tuple | list) or len(given) != 3:
+        return "It should return three arrays: the gradients of x, of the scale and of the bias."
+    expected = {
+        "x": central_differences(lambda x: layer_norm(x, scale, bias), x, gradient),
+        "the scale": central_differences(lambda scale: layer_norm(x, scale, bias), scale, gradient),
+        "the bias": central_differences(lambda bias: layer_norm(x, scale, bias), bias, gradient)}
+    for (name, numbers), mine in zip(expected.items(), given, strict=True):
+        if wrong := difference(mine, numbers, 1e-6, f"The gradient of {name}"):
+            return wrong
+    return None
+
+
 # ---- The judges of notebook 8 --------------------------------------------------------------------
 
 
 # ---- The judges of notebook 9 --------------------------------------------------------------------
 
 
+def first_logits(question):
+    """Return the logits [V] of the embedded model's first token of an answer."""
+    return puzzles()[0]({"token_ids": ids_of(question)})[0, -1]
+
+
+@exercise("9.1", "What stays is what is at least p times the largest probability.",
+          "Set the others to zero with np.where, then divide by the sum.")
+def judge_min_p(answer):
+    """`answer(probabilities, p)` keeps what is at least p times as probable as the best."""
+    for temperature, p in ((1, 0.5), (1, 0.95), (3, 0.02), (5, 0.1), (1, 0)):
+        probabilities = phi3_ref.softmax(first_logits("What is 399?") / temperature)
+        kept = probabilities * (probabilities >= p * probabilities.max())
+        if wrong := difference(answer(probabilities.copy(), p), kept / kept.sum(), 1e-5,
+                               f"The result for p = {p:g}"):
+            return wrong
+    return None
+
+
+@exercise("9.2", "Begin with a temperature that is too low and one that is too high.",
+          "Take the middle; if its entropy is below two bits, it is the new low one, else the new "
+          "high one. It lies between 1 and 2.5.")
+def judge_two_bits(answer):
+    """The temperature at which the first token of `What is 399?` is worth two bits."""
+    p = phi3_ref.softmax(first_logits("What is 399?").astype(float) / float(answer))
+    bits = -(p * np.log2(np.maximum(p, 1e-300))).sum()
+    if abs(bits - 2) < 0.01:
+        return None
+    return f"At temperature {float(answer):.3f} the entropy is {bits:.2f} bits."
+
+
+@exercise("9.3", "Of the pairs that the word has now, merge the one with the lowest rank.",
+          "`merged(tokens, pair)` merges every place where the pair stands. Look at the pairs "
+          "again after each merge; stop where none is in `ranks`.")
+def judge_bpe(answer):
+    """`answer(word, ranks)` cuts a word as the library does that has these merges."""
+    import tokenizers
+
+    merges = ["a b", "b c", "ab c", "c a", "abc ab", "a a", "aa aa", "b a", "c c"]
+    pairs = [tuple(merge.split()) for merge in merges]
+    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "d", *map("".join, pairs)])}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    ranks, rng = {pair: rank for rank, pair in enumerate(pairs)}, np.random.default_rng(0)
+    for length in (1, 2, 3, 5, 8, 12, 12, 12, 12, 20, 20, 20):
+        word = "".join(rng.choice(list("abcd"), length, p=[0.4, 0.3, 0.25, 0.05]))
+        given, expected = list(answer(word, dict(ranks))), library.encode(word).tokens
+        if given != expected:
+            return f"With the merges {', '.join(merges)}, the word {word} is cut into {given}."
+    return None
+
+
 # ---- The judges of notebook 10 -------------------------------------------------------------------
+
+
+@exercise("10.1", "4 bits, and 16 more for every 64 weights, are 4.25 bits a weight.",
+          "Add up the matrices of `layer_shapes()`, times 32, and V times D once: those have "
+          "4.25 / 8 bytes each. The rest of `count_params()` has 2 bytes each.")
+def judge_size(answer):
+    """Phi-3-mini's size in GB, matrices and output projection in int4 with groups of 64."""
+    config = phi3_ref.Phi3Config(32064, 32, 3072, 8192, 32, 32)
+    matrices = config.vocabulary_size * config.hidden_dim + config.num_layers * sum(
+        math.prod(shape) for shape in config.layer_shapes().values() if len(shape) == 2)
+    size = (matrices * 4.25 / 8 + 2 * (config.count_params() - matrices)) / 1e9
+    return difference(float(answer), size, 2e-3, "The size")
+
+
+@exercise("10.2", "2^bits levels have 2^bits - 1 steps between them.",
+          "round((x - min) / step) counts steps from the lowest level; times step, plus min, is "
+          "the level itself.")
+def judge_zero_point(answer):
+    """`answer(x, bits)` rounds to 2^bits levels from the least to the greatest of x."""
+    rng = np.random.default_rng(0)
+    for bits, low, high in ((8, 0, 6), (4, 2, 3), (3, -5, 1), (2, -9, -8)):
+        x = rng.uniform(low, high, (7, 9))
+        levels = np.linspace(x.min(), x.max(), 2**bits)
+        nearest = levels[np.abs(x[..., None] - levels).argmin(axis=-1)]
+        given = np.asarray(answer(x.copy(), bits))
+        if wrong := difference(given - x.min(), nearest - x.min(), 1e-6,
+                               f"The result for {bits} bits, {low} to {high},"):
+            return wrong
+    return None
+
+
+@exercise("10.3", "Compute the sum of squares for many scales, and take the best.",
+          "m s, the largest number that can be written, lies between a tenth of max|w| and all of "
+          "it; a few hundred scales in between are enough.")
+def judge_clipping(answer):
+    """`answer(w, bits)` is the scale with the least sum of squared errors, tails cut."""
+    rng = np.random.default_rng(0)
+
+    def error(w, s, m):
+        return ((w - s * np.clip(np.round(w / s), -m, m)) ** 2).sum()
+
+    for bits, draw in ((4, rng.normal), (3, rng.normal), (2, rng.laplace), (4, rng.laplace)):
+        w = draw(size=256)
+        m = 2 ** (bits - 1) - 1
+        least = min(error(w, s, m) for s in np.abs(w).max() / m * np.linspace(0.02, 1, 1500))
+        given = float(answer(w.copy(), bits))
+        if not given > 0:
+            return f"A scale is greater than zero, and this one is {given:g}."
+        if error(w, given, m) > 1.02 * least:
+            return (f"With {bits} bits the sum of squares is {error(w, given, m):.2f}, and could "
+                    f"be {least:.2f}.")
+    return None

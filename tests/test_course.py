@@ -151,6 +151,35 @@ WRONG |= {
 }
 
 
+def in_the_order_of_training(word, ranks):
+    """Cut a word by merging, wrongly, the pair that comes first in the word."""
+    tokens = list(word)
+    while pairs := [i for i in range(len(tokens) - 1) if tuple(tokens[i : i + 2]) in ranks]:
+        tokens[pairs[0] : pairs[0] + 2] = ["".join(tokens[pairs[0] : pairs[0] + 2])]
+    return tokens
+
+
+WRONG |= {
+    "7.1": [lambda gradient, x, cap: gradient, lambda gradient, x, cap: 1 - np.tanh(x / cap) ** 2,
+            lambda gradient, x, cap: gradient * (1 - np.tanh(x / cap) ** 2) / cap],
+    "7.2": [lambda g_a, n_a, g_b, n_b: (g_a + g_b) / 2, lambda g_a, n_a, g_b, n_b: g_a + g_b,
+            lambda g_a, n_a, g_b, n_b: n_a * g_a + n_b * g_b],
+    "7.3": [lambda gradient, x, scale, epsilon: gradient,
+            lambda gradient, x, scale, epsilon: (gradient * scale, (gradient * x).sum((0, 1)),
+                                                 gradient.sum((0, 1)))],
+    "9.1": [lambda p, share: p * (p >= share * p.max()), lambda p, share: p,
+            lambda p, share: p * (p >= share) / (p * (p >= share)).sum()],
+    "9.2": [1.0, 2.5, "hot"],
+    "9.3": [lambda word, ranks: list(word), lambda word, ranks: [word], in_the_order_of_training],
+    "10.1": [1.9, 2.03, 7.6],
+    "10.2": [lambda x, bits: x, lambda x, bits: np.round(x),
+             lambda x, bits: np.round((x - x.min()) / (np.ptp(x) / 2**bits)) * np.ptp(x) / 2**bits
+             + x.min()],
+    "10.3": [lambda w, bits: np.abs(w).max() / (2 ** (bits - 1) - 1), lambda w, bits: w.std(),
+             lambda w, bits: 0],
+}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return phi3_ref.Phi3Tokenizer.from_preset("phi3_tiny_puzzles_en")
