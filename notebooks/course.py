@@ -976,6 +976,56 @@ def judge_layer_norm(answer):
 # ---- The judges of notebook 8 --------------------------------------------------------------------
 
 
+@exercise("8.1", "Each of the H query heads and K value heads of a layer has an A, [r, D].",
+          "Add up, for one layer, (H + K) r D numbers of A and 2 C r of B; times 32 layers.")
+def judge_adapter_size(answer):
+    """How many weights of Phi-3-mini learn with LoRA of rank 16."""
+    config = phi3_ref.Phi3Config(32064, 32, 3072, 8192, 32, 32)
+    weights = config.build_weights(lambda name, shape: np.broadcast_to(0, shape))
+    tree = phi3_ref.with_adapters(weights, config, 16, lambda shape, _: np.broadcast_to(0, shape))
+    count = sum(array.size for array in phi3_ref.adapters(tree).values())
+    if int(answer) == count:
+        return None
+    return f"{int(answer):,} are too {'many' if answer > count else 'few'}."
+
+
+@exercise("8.2", "Go back through B first: low = A x has the gradient y' B.",
+          "b's gradient is y'^T low, [C, r]; with low' = y' b, a's is low'^T x and x's is low' a.")
+def judge_lora_backward(answer):
+    """`answer(gradient, x, a, b)` is the derivative of one head's B (A x): of x, a and b."""
+    rng = np.random.default_rng(0)
+    x, a, b, gradient = (rng.normal(size=size) for size in ((5, 6), (2, 6), (4, 2), (5, 4)))
+    given = answer(gradient, x, a, b)
+    if not isinstance(given, tuple | list) or len(given) != 3:
+        return "It should return three arrays: the gradients of x, of a and of b."
+    expected = {"x": central_differences(lambda x: x @ a.T @ b.T, x, gradient),
+                "a": central_differences(lambda a: x @ a.T @ b.T, a, gradient),
+                "b": central_differences(lambda b: x @ a.T @ b.T, b, gradient)}
+    for (name, numbers), mine in zip(expected.items(), given, strict=True):
+        if wrong := difference(mine, numbers, 1e-6, f"The gradient of {name}"):
+            return wrong
+    return None
+
+
+@exercise("8.3", "The singular value decomposition sorts a matrix's directions by their size.",
+          "Of u, s, v keep the first r columns of u, numbers of s and rows of v; multiply s into "
+          "one of the two.")
+def judge_best_rank(answer):
+    """`answer(change, r)` is (a, b), the factors of the nearest matrix of rank r."""
+    rng = np.random.default_rng(0)
+    change = rng.normal(size=(8, 5)) @ rng.normal(size=(5, 20)) + 0.1 * rng.normal(size=(8, 20))
+    for r in (1, 3, 8):
+        a, b = answer(change.copy(), r)
+        if np.shape(a) != (r, 20) or np.shape(b) != (8, r):
+            return (f"Of a change [8, 20] and rank {r}, a should be [{r}, 20] and b [8, {r}], and "
+                    f"they are {list(np.shape(a))} and {list(np.shape(b))}.")
+        least = np.sqrt((np.linalg.svd(change, compute_uv=False)[r:] ** 2).sum())
+        error = np.linalg.norm(change - b @ a)
+        if error > 1.001 * least + 1e-9:
+            return f"With rank {r} the error is {error:.3f}, and could be {least:.3f}."
+    return None
+
+
 # ---- The judges of notebook 9 --------------------------------------------------------------------
 
 
