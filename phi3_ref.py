@@ -3609,6 +3609,9 @@ class Comparison:
 
     def summary(self):
         """Return the lines below the table: where the two part, and what was not compared."""
+        def listed(names):
+            return f"{len(names)}: {', '.join(names[:4])}" + ", …" * (len(names) > 4)
+
         row, lines = self.first, [f"All {len(self.rows)} tensors are within tolerance."]
         if row is not None:
             beyond = sum(not row.within for row in self.rows)
@@ -3619,10 +3622,17 @@ class Comparison:
                 values = [f"{value:.7g}" for value in values]
             lines = [f"Beyond tolerance (<-): {beyond} of {len(self.rows)} tensors, the first is",
                      f"{row.name}: {found}: {values[0]} in the reference, {values[1]} in the other"]
+            before = [row.name for row in self.rows[: self.rows.index(row)]]
+            last = execution_order(before[-1]) if before else (-1,)
+            between = [name for name in self.only_in_reference
+                       if last < execution_order(name) < execution_order(row.name)]
+            lines += [f"Right until {name}" for name in before[-1:]]
+            if between:
+                where = "between the two" if before else "before it"
+                lines.append(f"Not compared {where}, {listed(between)}")
         for side, names in (("reference", self.only_in_reference), ("other", self.only_in_other)):
             if names:
-                shown = ", ".join(names[:4]) + ", …" * (len(names) > 4)
-                lines.append(f"Only in the {side}, {len(names)}: {shown}")
+                lines.append(f"Only in the {side}, {listed(names)}")
         return lines
 
     def __repr__(self):
@@ -3656,7 +3666,8 @@ def compare(reference, other, mapping=None, tolerance=None):
         precise dtype; the cosine of the two as vectors.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or the two have no name in common.
+        OSError, ValueError: a file cannot be read, the two have no name in common, or a name in
+            `mapping` is not in that of the two to which it belongs.
     """
     require(tolerance is None or (is_number(tolerance) and tolerance >= 0),
             f"`tolerance` must be None or a number >= 0. Received: {tolerance!r}")
@@ -3664,10 +3675,16 @@ def compare(reference, other, mapping=None, tolerance=None):
         Trace.load(side) if isinstance(side, (str, os.PathLike)) else side
         for side in (reference, other)
     )
+    mapping = {name: partner if isinstance(partner, tuple) else (partner, np.asarray)
+               for name, partner in (mapping or {}).items()}
+    for side, tensors, names in (("reference", reference, mapping),
+                                 ("other", other, [partner for partner, _ in mapping.values()])):
+        missing = [name for name in names if name not in tensors]
+        require(not missing, f"`mapping` names {missing[:3]}, of which the {side} has none. It has "
+                f"{list(tensors)[:3]} …")
     rows, only_in_reference, partners = [], [], set()
     for name in sorted(reference, key=execution_order):
-        partner = (mapping or {}).get(name, name)
-        partner, function = partner if isinstance(partner, tuple) else (partner, np.asarray)
+        partner, function = mapping.get(name, (name, np.asarray))
         partners.add(partner)
         if partner in other:
             array = function(to_numpy(other[partner]))

@@ -272,7 +272,9 @@ def test_a_trace_with_gradients(causal_lm, tmp_path):
     trace["transformer_layer_0.qkv.weight.gradient"] *= 2  # which comes of a later step
     trace.save(bad)
     stdout, _ = run("--compare", str(path), str(bad), code=1)
-    assert stdout.splitlines()[-1].startswith(f"{name}: ")
+    first, before = stdout.splitlines()[-2:]
+    assert first.startswith(f"{name}: ")
+    assert before == "Right until transformer_layer_1.attention.probabilities.gradient"
 
 
 def test_a_trace_of_a_chat(ending_causal_lm, tmp_path):
@@ -302,8 +304,9 @@ def test_a_porters_two_commands(causal_lm, tmp_path):
     stdout, _ = run("--compare", ours, port)
     assert stdout.splitlines()[-1] == "All 35 tensors are within tolerance."
     stdout, stderr = run("--compare", ours, bad, code=1)
-    last = stdout.splitlines()[-1]
-    assert stderr == "" and last.startswith(f"{name}: ") and "[0, 3, 2, 1]" in last
+    first, before = stdout.splitlines()[-2:]
+    assert stderr == "" and first.startswith(f"{name}: ") and "[0, 3, 2, 1]" in first
+    assert before == "Right until transformer_layer_1.attention.key_rotary"
     stdout, _ = run("--compare", ours, port, "--tolerance", "1e-7", code=1)
     assert stdout.splitlines()[-1].startswith("token_embedding: ")
     run("--compare", ours, bad, "--tolerance", "100")

@@ -1,5 +1,9 @@
 """The emulator of tests/cuda_on_cpu: it computes what CUDA defines, and finds what CUDA forbids."""
 
+import signal
+import threading
+import time
+
 import cuda_on_cpu
 import ml_dtypes
 import numpy as np
@@ -399,15 +403,50 @@ def test_registers_begin_with_garbage():
     assert (x[set_before] == 1).all() and (np.abs(x[~set_before]) > 1e30).all()
 
 
-def test_crashes_become_exceptions(monkeypatch):
-    """A stack overflow and an endless loop end the kernel, not the tests."""
+def test_crashes_become_exceptions():
+    """A stack overflow ends the kernel, not the tests."""
     deep = "__device__ float deep(int n) { float a[999]; a[n % 9] = n; " \
            "return n < 0 ? 0 : deep(n + 1) + a[n % 8]; }\n"
     with pytest.raises(cuda_on_cpu.KernelError, match="crashes"):
         cuda_on_cpu.Kernel(deep + "__global__ void kernel(float* x) { *x = deep(1); }", "kernel")(
             (1,), (32,), (zeros(1),))
-    monkeypatch.setattr(cuda_on_cpu, "CPU_SECONDS", 1)
-    fails("still runs after 1 second", "volatile int i = 1; while (i) {}")
+    run("x[t] = 1;", zeros(32))
+
+
+def launch_endless(code, seconds=60):
+    cuda_on_cpu.Kernel(f"__global__ void kernel(float* x) {{ int t = threadIdx.x; {code} }}",
+                       "kernel", count=True, seconds=seconds)((1,), (32,), (zeros(32),))
+
+
+@pytest.mark.parametrize("message, code, seconds", [
+    ("still runs after 1 seconds", "volatile int i = 1; while (i) {}", 1),
+    ("still runs after 1 seconds", "while (true) __syncthreads();", 1),
+    ("more than 4194304 segments", "while (x[t] < 1) {}", 30)])  # counting them takes memory
+def test_what_never_ends(message, code, seconds):
+    """Such a kernel is stopped, and the next one runs."""
+    with pytest.raises(cuda_on_cpu.KernelError, match=message):
+        launch_endless(code, seconds)
+    run("x[t] = 1;", zeros(32))
+
+
+@pytest.mark.parametrize("thread", ["this", "another"])
+@pytest.mark.parametrize("code", ["volatile int i = 1; while (i) {}", "while (x[t] < 1) {}"])
+def test_ctrl_c(code, thread):
+    """It stops a kernel at once, whichever thread the signal reaches; then it is Python's again."""
+    handler = signal.getsignal(signal.SIGINT)
+    launch_endless("")  # compiles the emulator
+    with pytest.raises(cuda_on_cpu.KernelError):
+        launch_endless(code, seconds=1)  # compiles the kernel
+    me = threading.get_ident()
+    timer = threading.Timer(0.3, lambda: signal.pthread_kill(
+        me if thread == "this" else threading.get_ident(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch_endless(code)
+    assert time.monotonic() - began < 10  # not a minute
+    timer.join()
+    assert signal.getsignal(signal.SIGINT) is handler
     run("x[t] = 1;", zeros(32))
 
 
@@ -456,11 +495,50 @@ def test_launch_bounds():
         bounded((1,), (96,), (zeros(1),))
 
 
-@pytest.mark.parametrize("code", ["atomicAdd(x, 1.0f);", 'asm("nop;");', "x[t] = nothing_such;",
-                                  "float a[8]; memcpy(a, x, 32); x[t] = a[t % 8];"])
-def test_what_does_not_compile(code):
-    with pytest.raises(cuda_on_cpu.KernelError):
+@pytest.mark.parametrize("code, message", [
+    ("atomicAdd(x, 1.0f);", "the emulator knows no atomicAdd"),
+    ('asm("nop;");', "the emulator knows no asm"),
+    ("x[t] = nothing_such;", "does not compile: line 4: 'nothing_such' was not declared in this "
+     "scope: x\\[t\\] = nothing_such;$"),
+    ("int i = t\nx[i] = y;", "does not compile: line 5: expected .,. or .;. before .x.: "
+     "x\\[i\\] = y;$"),
+    ("float a[8]; memcpy(a, x, 32); x[t] = a[t % 8];", "does not compile")])
+def test_what_does_not_compile(code, message):
+    """The message begins with the reason, and names the line of the kernel."""
+    with pytest.raises(cuda_on_cpu.KernelError, match=f"^{message}"):
         kernel(code)
+
+
+@pytest.mark.parametrize("declared", [
+    "void kernel(float* x)", "__device__ void kernel(float* x)", "__global__ int kernel(float* x)",
+    "__global__ void kernels(float* x)",
+    "// __global__ void kernel(float* x)\nvoid kernel(float* x)",
+    "__global__ void other(float* x) {}\nvoid kernel(float* x)",
+    "/* __global__\nvoid kernel(float* x) */ inline void kernel(float* x)"])
+def test_only_global_functions_are_kernels(declared):
+    with pytest.raises(cuda_on_cpu.KernelError, match="no kernel: `__global__ void kernel"):
+        cuda_on_cpu.Kernel(f"{declared} {{ x[0] = 1; }}", "kernel")
+    cuda_on_cpu.Kernel("__global__ static void __launch_bounds__(64)\nkernel (int* x) {}", "kernel")
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """What is missing, and how to get it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"apt install g\+\+"):
+        kernel("x[t] = 12345;")
+
+
+def test_printf(capsys):
+    """A kernel's words appear when it has ended, well or not; what is too much is left out."""
+    code = 'if (t < 2) printf("thread %d has %.2f%%\\n", t, x[t]);'
+    kernel(code)((1,), (32,), (np.float32([0.5, 12]),))
+    assert capsys.readouterr().out == "thread 0 has 0.50%\nthread 1 has 12.00%\n"
+    fails("out of bounds", 'printf("%d\\n", t); x[64] = 1;')
+    assert capsys.readouterr().out == "0\n31\n"  # first and last thread first
+    kernel('for (int i = 0; i < 9999; ++i) printf("0123456789");')((1,), (32,), (zeros(1),))
+    assert capsys.readouterr().out == "0123456789" * 6553 + "01234"
+    run("x[t] = 1;", zeros(32))
+    assert capsys.readouterr().out == ""
 
 
 def test_emulate_restores():

@@ -595,16 +595,49 @@ def test_other_layouts():
     mapping = {f"{path}.query": ("qkv", lambda x: x[:, :, :6]),
                f"{path}.key": ("qkv", lambda x: x[:, :, 6:8]),
                f"{path}.value": ("qkv", lambda x: x[:, :, 8:]),
-               f"{path}.probabilities": ("p", lambda x: x.transpose(0, 3, 1, 2)),
-               f"{path}.scores": "s"}
+               f"{path}.probabilities": ("p", lambda x: x.transpose(0, 3, 1, 2))}
     comparison = phi3_ref.compare(trace, theirs, mapping, tolerance=0)
     assert [row.name for row in comparison.rows] == [
         f"{path}.query", f"{path}.key", f"{path}.value", f"{path}.probabilities", "logits"]
     assert comparison.first is None
-    assert f"{path}.scores" in comparison.only_in_reference
+    assert f"{path}.scores" in comparison.only_in_reference  # the mapping leaves it out
     assert comparison.only_in_other == ["own"]
     mapping[f"{path}.key"] = ("qkv", lambda x: x[:, :, 8:])
     assert phi3_ref.compare(trace, theirs, mapping).first.name == f"{path}.key"
+
+
+def test_a_mapping_that_names_nothing():
+    """Either side's misspelt name is an error that says which side lacks it, and what it has."""
+    a, b = {"logits": np.ones(2), "x": np.ones(2)}, {"out": np.ones(2), "x": np.ones(2)}
+    assert len(phi3_ref.compare(a, b, {"logits": "out"}).rows) == 2
+    with pytest.raises(ValueError, match=r"names \['logit'\].* the reference .* \['logits', 'x'\]"):
+        phi3_ref.compare(a, b, {"logit": "out"})
+    with pytest.raises(ValueError, match=r"names \['oút'\], .* the other .* \['out', 'x'\]"):
+        phi3_ref.compare(a, b, {"logits": ("oút", lambda x: x)})
+
+
+def test_what_came_before_the_first_wrong_tensor():
+    """The last that was right, and what lay between and was not compared; gradients, too."""
+    names = ["token_embedding", *(f"transformer_layer_0.attention.{part}" for part in (
+        "query", "key", "value", "query_rotary", "key_rotary", "scores")), "logits"]
+    reference = {name: np.ones(3) for name in [*names, "logits.gradient", *(
+        f"{name}.gradient" for name in names[-2:0:-1])]}
+
+    def said(wrong, lacking=()):
+        other = {name: np.full(3, 1.0 + (name == wrong)) for name in reference
+                 if name not in lacking}
+        lines = phi3_ref.compare(reference, other).summary()[2:]
+        return [line for line in lines if not line.startswith("Only in")]
+
+    path = "transformer_layer_0.attention"
+    assert said(f"{path}.scores") == [f"Right until {path}.key_rotary"]
+    assert said(f"{path}.scores", names[3:6] + names[:1]) == [
+        f"Right until {path}.key", "Not compared between the two, "
+        f"3: {path}.value, {path}.query_rotary, {path}.key_rotary"]
+    assert said("token_embedding") == []
+    assert said(f"{path}.query", names[:1]) == ["Not compared before it, 1: token_embedding"]
+    assert said(f"{path}.key_rotary.gradient", [f"{path}.scores.gradient"]) == [
+        "Right until logits.gradient", f"Not compared between the two, 1: {path}.scores.gradient"]
 
 
 def test_how_a_comparison_looks():
@@ -617,8 +650,8 @@ def test_how_a_comparison_looks():
     assert [line.split()[0] for line in lines[:4]] == [
         "name", "token_embedding", "transformer_layer_0", "<x>"]
     assert len({len(line) for line in lines[:4]}) == 1 and "<-" in lines[2]
-    assert lines[-1] == ("transformer_layer_0: relative error inf > 1.0e-12, largest at [1]: "
-                         "0 in the reference, 0.25 in the other")
+    assert lines[-2:] == ["transformer_layer_0: relative error inf > 1.0e-12, largest at [1]: "
+                          "0 in the reference, 0.25 in the other", "Right until token_embedding"]
     html = comparison._repr_html_()
     assert html.count("<tr>") == 4 and "&lt;x&gt;" in html and "<x>" not in html
     assert "<b>transformer_layer_0" in html and "<b>token_embedding" not in html
@@ -769,7 +802,7 @@ def test_a_bug_in_a_backward_pass_is_found_where_it_is(bug, name, monkeypatch):
     wrong = phi3_ref.Trace.record(port, inputs, y=y, sample_weight=weights)
     comparison = phi3_ref.compare(theirs, wrong)
     assert comparison.first.name == name
-    assert name in str(comparison).splitlines()[-1]
+    assert comparison.summary()[1].startswith(f"{name}: ")
 
 
 def test_a_norm_that_scales_after_the_cast(tmp_path):

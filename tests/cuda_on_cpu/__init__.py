@@ -16,11 +16,12 @@ with runtime.cpp, which runs it. `KernelError` is raised, with the line of the k
 - a barrier or warp operation that some thread never reaches, two different ones met at once, a
   shuffle from a lane outside of the mask;
 - undefined arithmetic: signed overflow, a too long shift, division by zero, an array's bounds;
-- a crash, and a kernel that does not end.
+- a crash, and a kernel that does not end (Ctrl-C ends one, too).
 
-Local arrays that nobody set hold garbage, and so does shared memory at the start of a block. Not
-modelled: speed, the rounding inside of mma and exp2 (here exact, then rounded once), and the
-memory of the L1 and L2 caches (a race through them is reported, not replayed).
+Local arrays that nobody set hold garbage, and so does shared memory at the start of a block. What
+`printf` prints appears when the kernel has ended. Not modelled: speed, the rounding inside of mma
+and exp2 (here exact, then rounded once), and the memory of the L1 and L2 caches (a race through
+them is reported, not replayed).
 """
 
 import atexit
@@ -29,6 +30,7 @@ import ctypes
 import functools
 import hashlib
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -46,11 +48,12 @@ HERE = pathlib.Path(__file__).parent
 COMPILE = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-gdwarf-4",
            "-g1", "-ffp-contract=off", "-I", str(HERE)]
 CHECKED = ["-O1", "-fno-store-merging", "-fno-tree-vectorize", "-ftrivial-auto-var-init=pattern",
-           "-Wno-unknown-pragmas", "--param", "tsan-instrument-func-entry-exit=0",
+           "-Wno-unknown-pragmas", "-fno-builtin-printf",
+           "--param", "tsan-instrument-func-entry-exit=0",
            "-fsanitize=thread,alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
 MOST_SHARED_MEMORY = 232_448  # bytes per block on sm_90
 REDZONE = 4096  # bytes before and after every array
-CPU_SECONDS = 60  # that one launch may take
+FINISHED, INTERRUPTED = 2, 3  # what a launch returns, as in runtime.cpp
 
 
 class KernelError(RuntimeError):
@@ -65,10 +68,19 @@ def build_directory():
     return pathlib.Path(directory)
 
 
-def run_compiler(command):
-    done = subprocess.run(command, capture_output=True, text=True)
+def run_compiler(command, source=""):
+    """Run g++; raise its errors, each with its line of the kernel's source."""
+    if not shutil.which("g++"):
+        raise FileNotFoundError(
+            "Kernels are compiled for the CPU by g++, on Linux, and it is not installed: "
+            "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora)")
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "LC_ALL": "C"})
     if done.returncode:
-        raise KernelError(f"{' '.join(command)}\n{done.stderr}")
+        found = re.findall(r"^kernel:(\d+):\d+: (?:fatal )?error: (.*)", done.stderr, re.MULTILINE)
+        errors = [f"line {line}: {error}: {source.splitlines()[int(line) - 1].strip()}"
+                  for line, error in found]
+        raise KernelError("does not compile: " + "\n".join(errors or [done.stderr]))
 
 
 @functools.cache
@@ -81,9 +93,12 @@ def compile_runtime():
 def translate(source, name_expression):
     """Return the C++ that stands for one instance of a kernel: its source between two lines."""
     source = source.replace(kernels_cuda.PRIMITIVES, "\n" * kernels_cuda.PRIMITIVES.count("\n"))
-    for word in ("asm", "atomic\\w*", "__trap"):
-        if re.search(rf"\b{word}\b", source):
-            raise KernelError(f"The kernels' source must not use {word} outside of PRIMITIVES.")
+    code = re.sub(r"//.*|/\*(?s:.*?)\*/", "", source)
+    if word := re.search(r"\b(asm|atomic\w*|__trap)\b", code):
+        raise KernelError(f"the emulator knows no {word[0]}; kernels_cuda.PRIMITIVES may use it")
+    name = re.match(r"\w+", name_expression)[0]
+    if not re.search(rf"__global__\s[^;{{}}]*?\bvoid\b[^;{{}}]*?\b{name}\s*\(", code):
+        raise KernelError(f"no kernel: `__global__ void {name}(` does not stand in the source")
     source = re.sub(r"#include <(cuda_fp16\.h|cuda_bf16\.h|cstdint)>", "", source)
     # extern __shared__ names memory whose size the launch gives: here, as large as it can be.
     source = re.sub(r"\bextern\s+__shared__", "extern __thread", source)
@@ -106,7 +121,7 @@ def compile_kernel(source, name_expression):
     if not target.exists():
         cpp, compiled = target.with_suffix(".cpp"), target.with_suffix(".o")
         cpp.write_text(text)
-        run_compiler([*COMPILE, *CHECKED, "-c", str(cpp), "-o", str(compiled)])
+        run_compiler([*COMPILE, *CHECKED, "-c", str(cpp), "-o", str(compiled)], source)
         run_compiler(["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", str(compiled),
                       str(compile_runtime()), "-o", str(target)])
     return target
@@ -116,11 +131,13 @@ class Kernel:
     """One compiled instance: called as CuPy's kernels are, on NumPy arrays and scalars.
 
     With `count`, `traffic` then is what the launch asked of global memory: the bytes, and the bytes
-    of the 32-byte segments that hold them, each once for what a warp reads or writes together.
+    of the 32-byte segments that hold them, each once for what a warp reads or writes together. A
+    launch may take `seconds` of the CPU's time.
     """
 
-    def __init__(self, source, name_expression, reverse=False, count=False):
+    def __init__(self, source, name_expression, reverse=False, count=False, seconds=60):
         self.source, self.name, self.reverse, self.count = source, name_expression, reverse, count
+        self.seconds = seconds
         self.path = compile_kernel(source, name_expression)
         self.library = ctypes.CDLL(str(self.path))
         self.library.parameters.restype = ctypes.POINTER(ctypes.c_int)
@@ -144,12 +161,15 @@ class Kernel:
             values[i] = ctypes.c_void_p(address)
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         message, where = ctypes.create_string_buffer(2000), ctypes.c_size_t()
-        failed = self.library.launch(
+        result = self.library.launch(
             (ctypes.c_uint * 6)(*sizes), ctypes.c_uint(shared_mem), pointers,
             ctypes.c_void_p(memory.bytes.ctypes.data), ctypes.c_void_p(memory.state.ctypes.data),
-            ctypes.c_size_t(memory.size), int(self.reverse), CPU_SECONDS, int(self.count),
+            ctypes.c_size_t(memory.size), int(self.reverse), self.seconds, int(self.count),
             message, ctypes.c_size_t(len(message)), ctypes.byref(where))
-        if failed:
+        print(ctypes.string_at(self.library.printed).decode(errors="replace"), end="")
+        if result == INTERRUPTED:
+            raise KeyboardInterrupt
+        if result != FINISHED:
             raise KernelError(f"{self.name}: {message.value.decode()}{self.locate(where.value)}")
         asked, segments = (ctypes.c_uint64 * 2).in_dll(self.library, "traffic")
         self.traffic = asked, 32 * segments

@@ -86,6 +86,8 @@ inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
 // The runtime sees no access inside of a real call of memcpy: only sizes that need none.
 #define memcpy(to, from, size) __builtin_memcpy(to, from, on_cpu::small<(size)>)
 
+extern "C" int printf(const char* format, ...);
+
 template <typename T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <typename T> constexpr T max(T a, T b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -32,6 +32,8 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 extern "C" __attribute__((visibility("default"))) uint64_t traffic[2];
 uint64_t traffic[2];  // see `count`
+extern "C" __attribute__((visibility("default"))) char printed[1 << 16];
+char printed[1 << 16];  // by the kernel's printf; what is too much is dropped
 // This library's first byte, and the one after its last.
 extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
 
@@ -78,6 +80,7 @@ pthread_t kernel_thread;
 char* stacks;
 void** arguments;
 sigjmp_buf back;
+enum { FAILED = 1, FINISHED, INTERRUPTED };  // what `back` is called with
 char* message;
 size_t message_size;
 uintptr_t* error_site;
@@ -93,8 +96,23 @@ const void* site;  // the instruction of the access that is being checked
     if (line) snprintf(message + n, message_size - n, " (line %d)", line);
     *error_site = line ? 0 : reinterpret_cast<uintptr_t>(site) -
                              reinterpret_cast<uintptr_t>(&__ehdr_start);
-    siglongjmp(back, 1);
+    siglongjmp(back, FAILED);
 }
+
+// Our timer and Ctrl-C end the kernel at once, but not while the C library is at its own memory.
+volatile sig_atomic_t locked, pending;
+[[noreturn]] void stop(int number) {
+    if (number == SIGVTALRM) fail(0, "still runs after %d seconds", seconds);
+    siglongjmp(back, INTERRUPTED);
+}
+void unlock() {
+    locked = 0;
+    if (pending) stop(pending);
+}
+struct Lock {
+    Lock() { locked = 1; }
+    ~Lock() { unlock(); }
+};
 
 void push(int thread) { queue[tail] = thread; tail = (tail + 1) % (MAX_THREADS + 1); }
 
@@ -122,7 +140,7 @@ void push_all(unsigned first, unsigned count, bool (*wanted)(int)) {
 
 [[noreturn]] void resume_next() {
     if (head == tail) {
-        if (exited == threads) siglongjmp(back, 2);
+        if (exited == threads) siglongjmp(back, FINISHED);
         report_deadlock();
     }
     current = queue[head];
@@ -203,8 +221,10 @@ bool counting;
 std::map<uint32_t, Access> last_access;
 std::map<std::pair<uint32_t, uintptr_t>, uint32_t> times;
 std::set<std::array<uint64_t, 3>> segments;
+constexpr size_t MOST_SEGMENTS = 1 << 22;  // a few hundred megabytes
 
 void count(const char* p, size_t size, int line) {
+    const Lock lock;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
     const uintptr_t place = line ? line : reinterpret_cast<uintptr_t>(site);
     Access& last = last_access[myself()];
@@ -216,6 +236,8 @@ void count(const char* p, size_t size, int line) {
     traffic[0] += size;
     for (uintptr_t segment = begin / 32; segment <= (begin + size - 1) / 32; ++segment)
         traffic[1] += segments.insert({last.first_place, warp << 32 | last.n, segment}).second;
+    if (segments.size() > MOST_SEGMENTS)
+        fail(line, "asks for more than %zu segments: too many to count, if it ends", MOST_SEGMENTS);
 }
 
 void check(Memory* m, const char* p, size_t size, bool write, bool whole_warp, int line) {
@@ -399,7 +421,7 @@ void reset_shared_memory(size_t dynamic_size) {
     memset(static_cast<void*>(shared.cells), 0, used * sizeof(Cell));
 }
 
-bool run_block(size_t dynamic_size) {
+int run_block(size_t dynamic_size) {
     reset_shared_memory(dynamic_size);
     head = tail = exited = arrived = barrier_line = 0;
     block_epoch = 0;
@@ -419,8 +441,12 @@ bool run_block(size_t dynamic_size) {
     }
     push_all(0, threads, [](int) { return true; });
     const int result = sigsetjmp(back, 1);
-    if (!result) resume_next();
-    return result == 2;
+    if (!result) {
+        unlock();
+        resume_next();
+    }
+    locked = 1;
+    return result;
 }
 
 thread_local volatile char touched;  // so that this library has thread-local memory, and it exists
@@ -435,12 +461,17 @@ int find_shared_memory(dl_phdr_info* info, size_t, void*) {
 }
 
 void on_signal(int number) {
-    if (!pthread_equal(pthread_self(), kernel_thread)) {  // another thread's crash, or our timer
-        if (number == SIGVTALRM) pthread_kill(kernel_thread, number);
+    const bool asks = number == SIGVTALRM || number == SIGINT;  // our timer, or Ctrl-C
+    if (!pthread_equal(pthread_self(), kernel_thread)) {  // another thread was asked, or crashes
+        if (asks) pthread_kill(kernel_thread, number);
         else signal(number, SIG_DFL);
         return;
     }
-    if (number == SIGVTALRM) fail(0, "still runs after %d seconds", seconds);
+    if (asks && locked) {
+        pending = number;
+        return;
+    }
+    if (asks) stop(number);
     fail(0, "%s", number == SIGSEGV ? "crashes: a stack overflow or a wild address"
                                     : "crashes: an invalid instruction or division");
 }
@@ -471,6 +502,7 @@ void copy_async(void* to, const void* from, bool valid, int line) {
     check_16_bytes(to, &shared, true, false, line, "cp.async's destination");
     memset(to, 0xff, 16);
     memset(shared.state + (copy.to - shared.begin), IN_FLIGHT, 16);
+    const Lock lock;
     fibers[current].copies.push_back(copy);
 }
 void copy_async_commit() { ++fibers[current].groups; }
@@ -511,9 +543,20 @@ unsigned __ballot_sync(unsigned mask, int predicate, int line) {
     return data;
 }
 
+extern "C" int printf(const char* format, ...) {
+    const Lock lock;
+    const size_t used = strlen(printed);
+    va_list values;
+    va_start(values, format);
+    const int n = vsnprintf(printed + used, sizeof printed - used, format, values);
+    va_end(values);
+    return n;
+}
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Returns 0, or 1 with the error in `text` and the offset of its instruction in this library.
+// Returns FINISHED, INTERRUPTED by Ctrl-C, or FAILED with the error in `text` and the offset of its
+// instruction in this library.
 EXPORT int launch(const unsigned* sizes, unsigned dynamic_size, void** values, char* memory,
                   uint8_t* state, size_t size, int backwards, int cpu_seconds, int count_traffic,
                   char* text, size_t text_size, uintptr_t* where) {
@@ -524,20 +567,20 @@ EXPORT int launch(const unsigned* sizes, unsigned dynamic_size, void** values, c
     reversed = backwards;
     counting = count_traffic;
     traffic[0] = traffic[1] = 0;
-    last_access.clear();
-    times.clear();
-    segments.clear();
     seconds = cpu_seconds;
     message = text;
     message_size = text_size;
     error_site = where;
     *where = 0;
     touched = 1;
+    *printed = '\0';
+    locked = 1;
+    pending = 0;
     dl_iterate_phdr(find_shared_memory, nullptr);
     const size_t fixed = shared.size - (dynamic_shared() ? MAX_SHARED : 0);
     if (fixed + dynamic_size > MAX_SHARED || (dynamic_size && !dynamic_shared())) {
         snprintf(text, text_size, "%u bytes of dynamic shared memory do not fit", dynamic_size);
-        return 1;
+        return FAILED;
     }
     const size_t stacks_size = threads * (STACK + GUARD);
     stacks = static_cast<char*>(mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE,
@@ -555,30 +598,33 @@ EXPORT int launch(const unsigned* sizes, unsigned dynamic_size, void** values, c
     new_stack.ss_sp = signal_stack;
     new_stack.ss_size = sizeof signal_stack;
     sigaltstack(&new_stack, &old_stack);
-    const int numbers[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};
-    struct sigaction action = {}, old_actions[5];
+    const int numbers[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM, SIGINT};
+    struct sigaction action = {}, old_actions[6];
     action.sa_handler = on_signal;
     action.sa_flags = SA_ONSTACK;
-    for (int i = 0; i < 5; ++i) sigaction(numbers[i], &action, &old_actions[i]);
+    for (int i = 0; i < 6; ++i) sigaction(numbers[i], &action, &old_actions[i]);
     itimerval timer = {{0, 0}, {seconds, 0}}, no_timer = {};
     setitimer(ITIMER_VIRTUAL, &timer, nullptr);
     kernel_thread = pthread_self();
     const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
-    bool good = true;
-    for (unsigned i = 0; good && i < blocks; ++i) {
+    int result = FINISHED;
+    for (unsigned i = 0; result == FINISHED && i < blocks; ++i) {
         block_number = reversed ? blocks - 1 - i : i;
         blockIdx = {block_number % gridDim.x, block_number / gridDim.x % gridDim.y,
                     block_number / gridDim.x / gridDim.y};
-        good = run_block(dynamic_size);
+        result = run_block(dynamic_size);
     }
     setitimer(ITIMER_VIRTUAL, &no_timer, nullptr);
-    for (int i = 0; i < 5; ++i) sigaction(numbers[i], &old_actions[i], nullptr);
+    for (int i = 0; i < 6; ++i) sigaction(numbers[i], &old_actions[i], nullptr);
     sigaltstack(&old_stack, nullptr);
+    last_access.clear();
+    times.clear();
+    segments.clear();
     free(global.cells);
     free(shared.state);
     free(shared.cells);
     munmap(stacks, stacks_size);
-    return !good;
+    return pending == SIGINT ? INTERRUPTED : result;
 }
 
 // ---- What the compiler's instrumentation calls: before every load and store, and where the
