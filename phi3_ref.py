@@ -135,7 +135,11 @@ def su_magnitude(stretch, pretraining_sequence_length):
 
 @dataclasses.dataclass(frozen=True)
 class Phi3Config:
-    """The sizes and settings of a Phi-3, under KerasHub's names; ValueError: one is impossible."""
+    """The sizes and settings of a Phi-3, under KerasHub's names.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
 
     vocabulary_size: int  # V
     num_layers: int
@@ -292,7 +296,15 @@ def lora_backward(gradient, x, a, b):
 
 
 def textbook_rms_norm(x, scale, epsilon):
-    """Divide each vector of `x`, [..., D], by its root mean square; multiply by `scale`, [D].
+    """Divide each vector by its root mean square, then scale its components.
+
+    Args:
+        x: [..., D], a floating-point array.
+        scale: [D].
+        epsilon: float, added to the mean square.
+
+    Returns:
+        Like `x`.
 
     Source: https://arxiv.org/abs/1910.07467; KerasHub's `Phi3LayerNorm`.
     """
@@ -413,14 +425,15 @@ class Tape(dict):
 def textbook_attention(query, key, value, padding_mask=None, sliding_window=None, tap=no_tap):
     """Causal grouped-query attention, step by step, with the whole score matrix in memory.
 
-    The result is like the query. Rows that see no key are zero.
-
     Args:
         query: [B, S, H, C]; the queries are the last S of the T positions.
         key, value: [B, T, K, C]; query head h reads key/value head h // G.
         padding_mask: [B, T], 1 for a token, 0 for padding, which nobody sees; None is all ones.
         sliding_window: int or None; see `visible_keys`.
         tap: called with "scores", before the mask, and "probabilities", each [B, H, S, T].
+
+    Returns:
+        [B, S, H, C], in the dtype of `query`. Rows that see no key are zero.
 
     Source: https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2305.13245; KerasHub's
     `Phi3Attention`, which rounds in 16 bits as often, but scales the product.
@@ -868,8 +881,13 @@ def cross_entropy(logits, labels, sample_weight=None):
     log(sum_v e^(l_v)) - l_label, whose derivative by l_v is p_v - (v == label): what was foreseen
     less what came. So l'_v = w / N (p_v - (v == label)).
 
-    There is at least one label [B, S], to the logits [B, S, V]; `sample_weight`, [B, S], is w, or
-    None for ones. The loss is without axes, and the gradient like `logits`.
+    Args:
+        logits: [B, S, V].
+        labels: [B, S], int in [0, V); at least one.
+        sample_weight: [B, S], w, or None for ones.
+
+    Returns:
+        loss, float32 or float64, without axes; and the gradient, like `logits`.
 
     Source: Keras's `SparseCategoricalCrossentropy(from_logits=True)`.
     """
