@@ -2665,7 +2665,7 @@ class Phi3CausalLMPreprocessor:
         length = sequence_length or self.sequence_length
         token_ids, padding_mask = self.pack(x, length + 1, self.add_end_token)
         x = {"token_ids": token_ids[..., :-1], "padding_mask": padding_mask[..., :-1]}
-        return x, token_ids[..., 1:], padding_mask[..., 1:]
+        return x, token_ids[..., 1:].copy(), padding_mask[..., 1:].copy()  # to be changed freely
 
     def generate_preprocess(self, x, sequence_length=None):
         """Return prompts as `__call__` does, but without end token and labels; warn of any cut."""

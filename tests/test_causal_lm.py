@@ -427,3 +427,13 @@ def test_full_rows_of_token_ids_are_announced(pair_of_ids):
     assert len(caught) == 1
     expected = theirs.generate(dict(inputs), stop_token_ids=None)
     np.testing.assert_array_equal(result["token_ids"], expected["token_ids"])
+
+
+def test_inputs_labels_and_weights_can_be_changed_freely():
+    """Hiding a prompt from the loss, by its weights, does not hide it from the model."""
+    preprocessor = phi3_ref.Phi3CausalLMPreprocessor.from_preset("phi3_tiny_puzzles_en")
+    for texts in ("Sort cab", ["Sort cab", "Reverse ab"]):
+        x, y, sample_weight = preprocessor(texts)
+        arrays = [x["token_ids"], x["padding_mask"], y, sample_weight]
+        assert not any(np.shares_memory(one, other)
+                       for i, one in enumerate(arrays) for other in arrays[:i])
