@@ -283,15 +283,16 @@ def lora(x, a, b):
 
     Source: https://arxiv.org/abs/2106.09685; Keras's `EinsumDense.enable_lora`, with alpha = r.
     """
-    low = textbook_linear(upcast(x), a).reshape(*x.shape[:-1], -1, b.shape[1])  # [..., heads, r]
+    r = b.shape[1]
+    low = textbook_linear(upcast(x), a).reshape(*x.shape[:-1], len(a) // r, r)  # [..., heads, r]
     return textbook_linear(low, b)
 
 
 def lora_backward(gradient, x, a, b):
     """Return the gradients of `lora`'s x, a and b: those of its two products."""
-    low = textbook_linear(upcast(x), a).reshape(*x.shape[:-1], -1, b.shape[1])
+    low = textbook_linear(upcast(x), a).reshape(*gradient.shape[:-1], b.shape[1])
     d_low, d_b = linear_backward(upcast(gradient), low, b)
-    d_x, d_a = linear_backward(d_low.reshape(*x.shape[:-1], -1), upcast(x), a)
+    d_x, d_a = linear_backward(d_low.reshape(*x.shape[:-1], len(a)), upcast(x), a)
     return d_x, d_a, d_b
 
 
@@ -1034,7 +1035,8 @@ def each(function, starts, parallel):
     if not parallel:
         collections.deque(map(function, starts), 0)
         return
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as cores:
+    ignoring = functools.partial(np.seterr, **np.geterr())  # each thread has settings of its own
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), initializer=ignoring) as cores:
         collections.deque(cores.map(function, starts), 0)  # which raises what `function` raises
 
 
@@ -1310,7 +1312,10 @@ def merged(weights, config):
             for part, weight in (("query", query), ("value", value)):
                 a, b = (arrays.pop(f"transformer_layer_{i}.{part}_lora_{x}") for x in "ab")
                 change = b @ a.reshape(-1, b.shape[1], a.shape[1])  # [heads, C, D]
-                weight[...] = upcast(weight) + change.reshape(weight.shape)
+                with np.errstate(over="ignore"):  # `is_finite` says it, and where
+                    weight[...] = upcast(weight) + change.reshape(weight.shape)
+            require(is_finite(qkv), f"transformer_layer_{i}.qkv, with LoRA's adapters in it and as "
+                    f"{qkv.dtype}, has values that are NaN or infinite")
     return tree_of(arrays)
 
 
@@ -1958,9 +1963,10 @@ class Phi3Backbone:
             pathlib.Path(filepath), self.weights, self.config, self.xp), True
 
     def load_adapter(self, directory):
-        """Merge an adapter that PEFT saved into the weights, which are then the only ones.
+        """Merge an adapter that PEFT saved into the weights.
 
-        Weights that are mapped from a file are copied where they change. Each is rounded once.
+        Adapters of `enable_lora` stay beside them. Weights that are mapped from a file are copied
+        where they change. Each is rounded once.
 
         Args:
             directory: str or path, with adapter_config.json and adapter_model.safetensors.
@@ -4104,7 +4110,7 @@ def read_weights(preset, config, xp):
                     rows = slice(start, start + size)
                     array[rows] = stored[rows].astype(array.dtype, copy=False)
 
-                each(copy, range(0, len(stored), size), array.size >= 2**20)
+                each(copy, range(0, len(stored), size), xp is np and array.size >= 2**20)
             require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
                     "has values that are NaN or infinite")
             return array
@@ -4239,9 +4245,10 @@ def read_adapter(directory, weights, config):
         require(kind in ("A.weight", "B.weight") and kind not in pair,
                 f"{path}: {name!r} is not the A or the B of a module, or is so once more.")
         pair[kind] = tensor
+    ends = {module.rpartition(".")[2] for module in found}
     for name, array in huggingface_tensors(weights, config):
         parts = dict(split_tensors(name, array, config))
-        adapted = {part.removesuffix(".weight") for part in parts} & found.keys()
+        adapted = {part.split(".")[-2] for part in parts} & ends  # in this layer, or in another
         for part, view in (parts if adapted else {name: array}).items():
             if view.ndim == 2 and "embed_tokens" not in part:  # a table is no product
                 shapes[part.removesuffix(".weight")] = view.shape
@@ -4255,7 +4262,8 @@ def read_adapter(directory, weights, config):
         layers = [layers] if is_int(layers) else layers
         return (not called(module).isdisjoint(settings["target_modules"])
                 and called(module).isdisjoint(settings["exclude_modules"] or ())
-                and (not layers or (layer is not None and int(layer[1]) in layers)))
+                and (not layers or module in settings["target_modules"]
+                     or (layer is not None and int(layer[1]) in layers)))
 
     expected = found.keys() & shapes.keys()  # of a pattern, or "all-linear": PEFT saved them all
     if isinstance(settings["target_modules"], list) and not isinstance(
@@ -4604,6 +4612,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         require(options.trace or not options.gradients, "--gradients needs --trace")
+        require(not (options.adapter and (options.compare or options.summary)),
+                "--adapter goes with a prompt, not with --compare or --summary")
         if options.compare:
             comparison = compare(*options.compare, tolerance=options.tolerance)
             print(comparison)

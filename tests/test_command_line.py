@@ -183,6 +183,8 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
         (["hello", "--gradients"], "--gradients needs --trace"),
         (["--gradients"], "--gradients needs --trace"),
         (["--summary", "--gradients"], "--gradients needs --trace"),
+        (["--summary", "--adapter", "x"], "--adapter goes with a prompt"),
+        (["--compare", "a", "b", "--adapter", "x"], "--adapter goes with a prompt"),
         (["--compare", "one"], "--compare"),
         (["hello", "there"], "there"),
         (["--colour"], "--colour"),

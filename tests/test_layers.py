@@ -1,5 +1,7 @@
 """Each layer alone: against KerasHub's layer, and against its formula in float64."""
 
+import warnings
+
 import numpy as np
 import pytest
 import references as ref
@@ -43,6 +45,16 @@ def test_large_products_in_16_bits(dtype, rows):
         assert ours.dtype == x.dtype
         exact = x.astype("float64") @ weight.T.astype("float64")
         assert ref.relative_error(ours, exact) <= ref.EPSILON[dtype] / 2 + 1e-6
+
+
+def test_threads_warn_no_more_than_their_caller():
+    """A product beyond float16: NumPy's warning where it is asked for, and not where it is not."""
+    weight, x = np.full((1100, 1024), 100, np.float16), np.full((1, 1024), 100, np.float16)
+    for setting in ("ignore", "warn"):
+        with np.errstate(over=setting), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert np.isinf(phi3_ref.linear(x, weight)).all()
+        assert bool(caught) == (setting == "warn")
 
 
 # RMSNorm, SiLU, softmax, dropout -----------------------------------------------------------------

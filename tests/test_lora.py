@@ -1005,6 +1005,50 @@ def test_forged_files_are_refused_by_name(files, message, adapter, tmp_path):
     assert isinstance(error, FileNotFoundError if "not there" in str(error) else ValueError)
 
 
+def test_split_names_must_be_in_every_layer(tmp_path):
+    """A file that has but the first layer's is of another model, or cut; fused names as well."""
+    base = base_model("llama")
+    ref.write_huggingface(base, tmp_path / "base")
+    write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()
+             if path.suffix in (".json", ".safetensors")}
+    for layers in (("1", "2"), ("0",), ("2",)):
+        refused((tmp_path / "base", files), tmp_path / "cut",
+                rf"other modules.*layers\.{layers[0]}\.self_attn\.q_proj",
+                tensors=lambda arrays, layers=layers: [
+                    drop(f"layers.{layer}.")(arrays) for layer in layers])
+
+
+def test_a_whole_name_is_adapted_whatever_the_layers(tmp_path):
+    """As PEFT has it: `layers_to_transform` holds for names that are parts of others'."""
+    model = base_model({})
+    ref.write_huggingface(model, tmp_path / "base")
+    ours = phi3_ref.Phi3Backbone.from_preset(tmp_path / "base")
+    merged = write_adapter(model, tmp_path / "adapter", layers_to_transform=[0],
+                           target_modules=["qkv_proj", "lm_head"]).merge_and_unload()
+    ours.load_adapter(tmp_path / "adapter")
+    np.testing.assert_allclose(ours.weights["reverse_embedding"],
+                               merged.lm_head.weight.detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_take_no_sequence_as_the_model_does():
+    """[0, S] and [B, 0] token ids give results of those shapes, with adapters as without."""
+    for shape in ((0, 4), (2, 0)):
+        assert random_lora()({"token_ids": np.zeros(shape, int)}).shape == (*shape, 24)
+
+
+def test_what_overflows_when_merged_is_not_written(tmp_path):
+    """float16's largest number is 65,504: the error names the weight, and no file is left."""
+    backbone = phi3_ref.Phi3Backbone(**CONFIG, dtype="float16", seed=0)
+    backbone.enable_lora(2)
+    for array in phi3_ref.adapters(backbone.weights).values():
+        array[...] = 300
+    for save in (backbone.save_to_preset, backbone.export_to_transformers):
+        with pytest.raises(ValueError, match=r"transformer_layer_0\.qkv, .* NaN or infinite"):
+            save(tmp_path / "preset")
+        assert not list(tmp_path.rglob("*.*"))
+
+
 def test_a_truncated_adapter_at_every_length(adapter, tmp_path):
     """Wherever its safetensors file is cut off: refused, and nothing is merged."""
     content = adapter[1]["adapter_model.safetensors"]
