@@ -1030,16 +1030,6 @@ def upcast_weight(weight):
     return bits.view(np.float32) * np.float32(2.0**112)
 
 
-def each(function, starts, parallel):
-    """Call `function` with each of `starts`; on all cores, if `parallel`."""
-    if not parallel:
-        collections.deque(map(function, starts), 0)
-        return
-    ignoring = functools.partial(np.seterr, **np.geterr())  # each thread has settings of its own
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), initializer=ignoring) as cores:
-        collections.deque(cores.map(function, starts), 0)  # which raises what `function` raises
-
-
 def linear(x, weight):
     """Compute `textbook_linear` as fast as the hardware and its libraries multiply."""
     rows = x.reshape(-1, x.shape[-1])  # [n, in]
@@ -1055,12 +1045,9 @@ def linear(x, weight):
         # 2 to 127 rows: BLAS is up to 1.8 times faster if a piece comes first, (W x^T)^T.
         rows, product = upcast(rows), np.empty((len(rows), len(weight)), x.dtype)  # [n, out]
         size = 128 if few and narrow else 512
-
-        def multiply(start):
+        for start in range(0, len(weight), size):
             piece = upcast_weight(weight[start : start + size])
             product[:, start : start + size] = (piece @ rows.T).T if few else rows @ piece.T
-
-        each(multiply, range(0, len(weight), size), narrow and weight.size >= 2**20)
     return product.reshape(*x.shape[:-1], len(weight))
 
 
@@ -4105,12 +4092,9 @@ def read_weights(preset, config, xp):
                 array = stored.astype(config.weight_dtype, copy=False)
             else:  # a matrix of Keras's lies the other way: 16 rows at once fill whole cache lines
                 size = 16 if xp is np else len(stored)
-
-                def copy(start):
+                for start in range(0, len(stored), size):
                     rows = slice(start, start + size)
                     array[rows] = stored[rows].astype(array.dtype, copy=False)
-
-                each(copy, range(0, len(stored), size), xp is np and array.size >= 2**20)
             require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
                     "has values that are NaN or infinite")
             return array

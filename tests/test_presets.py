@@ -278,7 +278,7 @@ def test_keras_loads_what_we_save(policy, dropout, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_large_matrices_of_keras_files(tmp_path, dtype):
-    """Read on all cores, 16 rows at a time: the values that h5py reads, rounded once."""
+    """Read 16 rows at a time: the values that h5py reads, rounded once."""
     sizes = dict(vocabulary_size=1030, num_layers=1, hidden_dim=1032, intermediate_dim=32,
                  num_query_heads=6, num_key_value_heads=3)
     phi3_ref.Phi3Backbone(**sizes, seed=0).save_to_preset(tmp_path / "preset")
