@@ -593,7 +593,7 @@ def decoder_layer(x, weights, config, rotary, padding_mask=None, cache=None, ind
     all_heads = linear(normed, weights["qkv"])  # [B, S, (H + 2K)C]
     all_heads = all_heads.reshape(B, S, H + 2 * K, C)
     for part, heads in ("query", slice(H)), ("value", slice(-K, None)):
-        if "query_lora_a" in weights:
+        if f"{part}_lora_a" in weights:
             change = lora(normed, weights[f"{part}_lora_a"], weights[f"{part}_lora_b"])
             all_heads[:, :, heads] = upcast(all_heads[:, :, heads]) + change
     query = tap("attention.query", all_heads[:, :, : -2 * K])  # [B, S, H, C]
@@ -909,11 +909,9 @@ def cross_entropy(logits, labels, sample_weight=None):
     return loss, x.reshape(logits.shape).astype(logits.dtype, copy=False)
 
 
-def sparse_categorical_accuracy(logits, labels, sample_weight=None):
-    """Return the weighted share of labels [B, S] whose logits [B, S, V] are the largest."""
-    right = logits.argmax(axis=-1) == labels
-    share = right | True if sample_weight is None else sample_weight
-    return (right * share).sum() / get_array_module(logits).maximum(share.sum(), 1e-7)
+def weight_of_right(logits, labels, sample_weight):
+    """Return the sum of the weights of those labels [B, S] whose logits [B, S, V] are largest."""
+    return ((logits.argmax(axis=-1) == labels) * sample_weight).sum()
 
 
 def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, padding_mask=None,
@@ -946,7 +944,7 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
     for piece in pieces:
         x, y, share = hidden_states[piece], labels[piece], weight[piece]
         logits = tap("logits", reverse_embedding(weights, config, x))
-        right += sparse_categorical_accuracy(logits, y, share) * xp.maximum(share.sum(), 1e-7)
+        right += weight_of_right(logits, y, share)
         piece_loss, gradient = cross_entropy(logits, y, share * (y.size / labels.size))
         del logits
         d_hidden[piece], d_projection = linear_backward(
@@ -1319,8 +1317,8 @@ def unfused(tree, config):
 
     Tied embeddings are in it once; and where there are LoRA adapters, nothing else.
     """
-    if adapters(tree):
-        return adapters(tree)
+    if learning := adapters(tree):
+        return learning
     H, K, views = config.num_query_heads, config.num_key_value_heads, {}
     both = {"feedforward_gate": 1, "feedforward_intermediate": 1}
     fused = {"qkv": {"query": H, "key": K, "value": K}, "feedforward_gate_intermediate": both}
@@ -3307,11 +3305,11 @@ class Phi3CausalLM:
         """Return [loss, accuracy], means over examples as for `fit`, which nothing changes."""
         def test_on_batch(x, y, sample_weight):
             logits, xp = self(x), self.backbone.xp
-            y = xp.asarray(y)
-            if sample_weight is not None:
-                sample_weight = xp.asarray(sample_weight, np.float64)
-            loss, _ = cross_entropy(logits, y, sample_weight)
-            return to_floats(loss, sparse_categorical_accuracy(logits, y, sample_weight))
+            weight = np.ones(y.shape) if sample_weight is None else sample_weight
+            y, weight = xp.asarray(y), xp.asarray(weight, np.float64)
+            loss, _ = cross_entropy(logits, y, weight)
+            right = weight_of_right(logits, y, weight)
+            return to_floats(loss, right / xp.maximum(weight.sum(), 1e-7))
 
         require_int("batch_size", batch_size)
         batches = self.batches(x, y, sample_weight, batch_size)
