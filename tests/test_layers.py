@@ -36,7 +36,7 @@ def test_every_float16_is_upcast_as_numpy_does():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 5, 127, 128])
+@pytest.mark.parametrize("rows", [1, 4, 5, 63, 64])
 def test_large_products_in_16_bits(dtype, rows):
     """Piece by piece: the product in float64, rounded once; weights of any layout."""
     square, x = normal(0, (1030, 1030), dtype), normal(1, (2, rows, 1030), dtype)
@@ -47,9 +47,11 @@ def test_large_products_in_16_bits(dtype, rows):
         assert ref.relative_error(ours, exact) <= ref.EPSILON[dtype] / 2 + 1e-6
 
 
-def test_a_product_beyond_float16_warns_where_it_is_asked_to():
-    """NumPy's warning, by the caller's error settings."""
-    weight, x = np.full((1100, 1024), 100, np.float16), np.full((1, 1024), 100, np.float16)
+@pytest.mark.parametrize("dtype, value", [("float16", 100), ("bfloat16", 2e18)])
+def test_a_product_beyond_16_bits_warns_where_it_is_asked_to(dtype, value):
+    """NumPy's warning, by the caller's error settings, whichever thread has met it."""
+    weight = np.full((1100, 1024), value, ref.NUMPY_DTYPE[dtype])
+    x = weight[:1]
     for setting in ("ignore", "warn"):
         with np.errstate(over=setting), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
