@@ -377,6 +377,7 @@ def test_results_of_empty():
     half = kernel("if (t < n) x[t] = t;", "float* x, int n")
     copy = kernel("y[t] = x[t];", "const float* x, float* y")
     x = cuda_on_cpu.empty(32, np.float32)
+    assert not any(cuda_on_cpu.empty(n, np.float16).ctypes.data % 32 for n in range(40))
     assert np.isnan(x).all()
     half((1,), (32,), (x, np.int32(16)))
     assert np.isnan(x).sum() == 16

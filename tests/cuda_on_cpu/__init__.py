@@ -211,7 +211,7 @@ class Kernel:
 
 
 UNWRITTEN, READY, WRITTEN = 1, 3, 4  # the states of a byte, as in runtime.cpp
-made_by_empty = {}  # id of an array that `empty` made: the state of each of its bytes
+made_by_empty = {}  # id of the memory that `empty` took: the state of each of its bytes
 
 
 def as_bytes(array):
@@ -220,12 +220,15 @@ def as_bytes(array):
 
 
 def empty(shape, dtype=float):
-    """Return what numpy.empty does, full of NaN, and remember that nobody wrote it."""
-    array = np.empty(shape, dtype)
-    as_bytes(array)[...] = 0xFF
-    made_by_empty[id(array)] = np.full((*array.shape, array.itemsize), UNWRITTEN, np.uint8)
-    weakref.finalize(array, made_by_empty.pop, id(array), None)
-    return array
+    """Return what numpy.empty does, full of NaN, and remember that nobody wrote it.
+
+    It begins where a segment does, as arrays on a GPU do, so its traffic is no matter of luck.
+    """
+    size = np.prod(shape, dtype=int) * np.dtype(dtype).itemsize
+    memory = np.full(size + 64, 0xFF, np.uint8)
+    made_by_empty[id(memory)] = np.full(memory.size, UNWRITTEN, np.uint8)
+    weakref.finalize(memory, made_by_empty.pop, id(memory), None)
+    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % 64)
 
 
 def states_of(array):
@@ -235,8 +238,7 @@ def states_of(array):
         root = root.base
     if id(root) not in made_by_empty:
         return np.uint8(READY)
-    states = made_by_empty[id(root)].reshape(-1)
-    return byte_view(states[array.ctypes.data - root.ctypes.data:], array)
+    return byte_view(made_by_empty[id(root)][array.ctypes.data - root.ctypes.data:], array)
 
 
 def byte_view(memory, array):
