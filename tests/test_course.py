@@ -35,6 +35,21 @@ def transpose(body):
                   f"if (r < rows && c < cols) {body}", "int rows", "int cols")
 
 
+def without_rope(*parts, everywhere=False):
+    """Return an answer to 1.1 that forgets the keys, or which layers were named."""
+    def unrotated(layers):
+        seen = {}
+
+        def tap(name, array):
+            seen[name] = array
+            named = everywhere or name.split(".")[0] in layers
+            return seen[name.removesuffix("_rotary")] if named and name.endswith(parts) else array
+
+        return tap
+
+    return unrotated
+
+
 def partial(scores, values):
     exponentials = np.exp(scores - scores.max())
     return scores.max(), exponentials.sum(), exponentials @ values
@@ -93,7 +108,8 @@ WRONG = {
 }
 WRONG |= {
     "1.1": [3, lambda layers: None, lambda layers: lambda name, array: array,
-            lambda layers: lambda name, array: 0 * array],
+            lambda layers: lambda name, array: 0 * array, without_rope("query_rotary"),
+            without_rope("query_rotary", "key_rotary", everywhere=True)],
     "1.2": [[10], range(11), range(11, 26), "10 and all after it"],
     "1.3": [1_000_000, lambda *sizes: 1, lambda S, D, F, V, H, K, C, layers: {
         "query, key, value": layers * S * D * 3 * H * C, "scores and context": layers * S * S * C,
