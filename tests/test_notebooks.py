@@ -46,6 +46,13 @@ def solutions_of(path):
     return solutions
 
 
+def text_of(cell):
+    """What a code cell has printed or shown as text."""
+    outputs = cell.get("outputs", [])
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/markdown", "")
+                   for output in outputs)
+
+
 @pytest.fixture(params=NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def path(request):
     return request.param
@@ -54,7 +61,8 @@ def path(request):
 def test_it_runs(path):
     """Every cell, then every solution, which its judge calls right; cells assert their claims.
 
-    It starts in a directory from which only the first cell's search finds the modules.
+    It starts in a directory from which only the first cell's search finds the modules. Functions
+    that it prints are committed as they are now.
     """
     before = path.read_bytes()
     notebook = copy.deepcopy(read(path))
@@ -70,6 +78,9 @@ def test_it_runs(path):
     client.comm_open_handlers = {"jupyter.widget": lambda message: None}
     client.execute()
     assert path.read_bytes() == before
+    for committed, executed in zip(read(path).cells, notebook.cells[1:], strict=False):
+        if re.search(r"^ *def ", text_of(committed), re.MULTILINE):
+            assert text_of(committed) == text_of(executed)
 
 
 def test_it_shows_what_it_prints(path):
