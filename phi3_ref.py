@@ -3991,13 +3991,13 @@ def open_hdf5(path, stack):
             require(item.chunks is None and not item.external and not item.is_virtual
                     and item.id.get_storage_size() == item.nbytes,
                     f"{name} is not stored as Keras does: whole, in this file, uncompressed")
-            dtype = item.dtype.name
-            if dtype == "void16" and "dtype" in item.attrs:
+            dtype = item.dtype
+            if dtype.name == "void16" and "dtype" in item.attrs:
                 # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
                 # says is not read: the HDF5 library may never return from a damaged one.
-                dtype = "bfloat16"
-            read = lambda: item[()].view(dtype) if dtype == "bfloat16" else item[()]  # noqa: E731
-            found[name] = StoredTensor(path, item.shape, dtype, read)
+                dtype = np.dtype(ml_dtypes.bfloat16)
+            read = functools.partial(map_tensor, path, item.id.get_offset(), item.shape, dtype)
+            found[name] = StoredTensor(path, item.shape, dtype.name, read)
 
     file.visititems(visit)
     return found
@@ -4116,10 +4116,12 @@ def read_weights(preset, config, xp):
             if array is None:  # what is of the right dtype, and not for a GPU, is used as it is
                 array = stored.astype(config.weight_dtype, copy=False)
             else:  # a matrix of Keras's lies the other way: 16 rows at once fill whole cache lines
-                size = 16 if xp is np else len(stored)
-                for start in range(0, len(stored), size):
-                    rows = slice(start, start + size)
+                def write(rows):
                     array[rows] = stored[rows].astype(array.dtype, copy=False)
+
+                size = 16 if xp is np else len(stored)
+                pieces = [slice(start, start + size) for start in range(0, len(stored), size)]
+                on_cores(write, pieces, array.size >= 2**20)
             require(is_finite(array), f"{found[name].path}: {name}, as {array.dtype}, "
                     "has values that are NaN or infinite")
             return array

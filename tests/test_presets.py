@@ -276,14 +276,20 @@ def test_keras_loads_what_we_save(policy, dropout, tmp_path):
     assert error < 2e-6
 
 
+@pytest.mark.parametrize("stored_dtype, before", [("<f4", 0), (">f4", 512), ("<f8", 1024)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_large_matrices_of_keras_files(tmp_path, dtype):
-    """Read 16 rows at a time: the values that h5py reads, rounded once."""
+def test_large_matrices_of_keras_files(tmp_path, dtype, stored_dtype, before):
+    """Mapped, 16 rows at a time: what h5py reads, rounded once, wherever in the file it begins."""
     sizes = dict(vocabulary_size=1030, num_layers=1, hidden_dim=1032, intermediate_dim=32,
                  num_query_heads=6, num_key_value_heads=3)
-    phi3_ref.Phi3Backbone(**sizes, seed=0).save_to_preset(tmp_path / "preset")
+    model = phi3_ref.Phi3Backbone(**sizes, seed=0)
+    model.save_to_preset(tmp_path / "preset")
+    path = tmp_path / "preset" / "model.weights.h5"
+    with h5py.File(path, "w", userblock_size=before) as file:  # HDF5 lets others write there
+        for name, array in phi3_ref.keras_variables(model.weights, model.config):
+            file[name] = array.astype(stored_dtype)
     loaded = phi3_ref.Phi3Backbone.from_preset(tmp_path / "preset", dtype=dtype)
-    with h5py.File(tmp_path / "preset" / "model.weights.h5") as file:
+    with h5py.File(path) as file:
         for name, array in phi3_ref.keras_variables(loaded.weights, loaded.config):
             stored = file[name][()].astype(loaded.weight_dtype)
             np.testing.assert_array_equal(array, stored, err_msg=name)
