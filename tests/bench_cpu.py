@@ -867,15 +867,14 @@ def row(what, ours, limit=None, peers=None, unit=1, targets=(), short=None):
     say why there is none. `targets` are pairs: what ours is compared with ("limit", "fastest peer",
     or "", the number itself), and the most that it may be. `short` names it in the short table.
     """
-    def text(samples):
+    def text(samples, spread=True):
         if samples is None or isinstance(samples, str):
             return samples or ""
-        spread = f" ({np.min(samples) / unit:.3g}..{np.max(samples) / unit:.3g})"
-        return f"{np.median(samples) / unit:.3g}" + spread * (np.size(samples) > 1)
+        least_most = f" ({np.min(samples) / unit:.3g}..{np.max(samples) / unit:.3g})"
+        return f"{np.median(samples) / unit:.3g}" + least_most * (spread and np.size(samples) > 1)
 
     peers = peers or {}
-    medians = {np.median(samples): name for name, samples in peers.items()
-               if not isinstance(samples, str)}
+    medians = [np.median(samples) for samples in peers.values() if not isinstance(samples, str)]
     ratios = {"": np.median(ours) / unit}
     if limit is not None:
         ratios["limit"] = np.median(ours) / np.median(limit)
@@ -884,16 +883,12 @@ def row(what, ours, limit=None, peers=None, unit=1, targets=(), short=None):
     wanted = [f"<= {most:.3g}" + f" x {name}" * bool(name) for name, most in targets]
     reached = ["not measured" if name not in ratios else "yes" if ratios[name] <= most else "NO"
                for name, most in targets]
-    print("|", " | ".join([
-        what, text(ours), *(text(peers.get(name)) for name in PEERS), text(limit),
-        *(f"{ratios[name]:.2f}" if name in ratios else "" for name in ("limit", "fastest peer")),
-        ", ".join(wanted), ", ".join(reached)]), "|", flush=True)
+    columns = ours, *(peers.get(name) for name in PEERS), limit
+    shares = [f"{ratios[to]:.2f}" if to in ratios else "" for to in ("limit", "fastest peer")]
+    print("|", " | ".join([what, *map(text, columns), *shares, ", ".join(wanted),
+                           ", ".join(reached)]), "|", flush=True)
     if short:
-        fastest = f"{min(medians) / unit:.3g} ({medians[min(medians)]})" if medians else ""
-        summary.append([
-            short, f"{np.median(ours) / unit:.3g}", fastest,
-            "" if limit is None else f"{np.median(limit) / unit:.3g}",
-            *(f"{ratios[to]:.2f}" if to in ratios else "" for to in ("fastest peer", "limit"))])
+        summary.append([short, *(text(samples, spread=False) for samples in columns), *shares])
 
 
 def prefill_of(results):
@@ -952,12 +947,16 @@ def bench_16_bits(stack, ours, config, rounds, run):
         "transformers": ("transformers", dict(dtype="bfloat16")),
         "llama.cpp": ("llama", dict(dtype="bfloat16"))}, run)
     found = take_turns({"float32": ours} | workers, rounds, *run) | problems
-    for dtype, peers in (("bfloat16", ["transformers", "llama.cpp"]), ("float16", [])):
-        for what, of, unit in (("prefill, s", prefill_of, 1),
-                               ("decode, ms per token", decode_of, 1e-3)):
-            what = f"{dtype} {what}; limit: ours in float32"
-            row(f"5. {what}", of(found[dtype]), of(found["float32"]),
-                {name: of(found[name]) for name in peers}, unit, short=what)
+    for dtype, other, peers, targets in (
+            ("bfloat16", "float32", ["transformers", "llama.cpp"], [("limit", 1.1),
+                                                                    ("fastest peer", 1.5)]),
+            ("float16", "bfloat16", [], [(), ("limit", 2)])):
+        for (what, of, unit), target in zip((
+                ("prefill, s", prefill_of, 1), ("decode, ms per token", decode_of, 1e-3)),
+                targets, strict=True):
+            what = f"{dtype} {what}; limit: ours in {other}"
+            row(f"5. {what}", of(found[dtype]), of(found[other]),
+                {name: of(found[name]) for name in peers}, unit, [target] if target else (), what)
 
 
 def bench_long(lengths):
@@ -996,7 +995,8 @@ def bench_loading(layers, rounds, directory, whole=False):
                     [only("read", **files), *only("load", **files)] for _ in range(rounds)]).T
                 what = f"6. {form} bfloat16, {2 * parameters(config) / GB:.1f} GB, as {dtype}: "
                 row(f"{what}loading; limit: plain read and conversion, s", seconds, limit,
-                    short=dtype == "float32" and f"loading {what[3:-2]}, s; limit: a plain read")
+                    targets=[("limit", 4)],
+                    short=f"loading {what[3:-2]}, s; limit: plain read and conversion")
                 row(f"{what}peak of memory beyond the model, GB", beyond, unit=GB,
                     targets=[("", 1)])
                 if whole:
@@ -1178,7 +1178,7 @@ def main(arguments=None):
     if options.full:
         bench_loading(PHI3_MINI["num_layers"], 1, options.directory, whole=True)
     print("\nIn short:\n")
-    titles = ["measurement", "ours", "fastest peer", "limit", "ours / peer", "ours / limit"]
+    titles = ["measurement", "ours", *PEERS, "limit", "ours / limit", "ours / fastest peer"]
     for cells in (titles, ["---"] * len(titles), *summary):
         print("|", " | ".join(cells), "|")
     print(f"\n{remark}" if remark else "")
