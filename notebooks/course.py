@@ -832,6 +832,9 @@ def right_without_networks():
           "three, one has both shares far below 1.")
 def judge_networks(answer):
     """The layer that adds the carry, and that which digits with and without a carry miss alike."""
+    answer = answer.tolist() if isinstance(answer, np.ndarray) else answer
+    if not isinstance(answer, tuple | list) or len(answer) != 2 or not set(answer) <= {0, 1, 2, 3}:
+        return "It should be a pair of layer numbers, such as (0, 1)."
     shares = right_without_networks()
     adds = int((shares[:, 0] - shares[:, 1]).argmax())
     others = [layer for layer in range(4) if layer != adds]
@@ -839,8 +842,8 @@ def judge_networks(answer):
     for layer, expected in zip(answer, (adds, says), strict=True):
         if layer != expected:
             plain, carried = shares[layer]
-            return (f"Without layer {layer}'s network {plain:.0%} of the digits that get no carry "
-                    f"are right, and {carried:.0%} of those that get one.")
+            return (f"Of a hundred other sums without layer {layer}'s network, {plain:.0%} of the "
+                    f"digits that get no carry are right, and {carried:.0%} of those that get one.")
     return None
 
 
@@ -984,6 +987,8 @@ def judge_adapter_size(answer):
     weights = config.build_weights(lambda name, shape: np.broadcast_to(0, shape))
     tree = phi3_ref.with_adapters(weights, config, 16, lambda shape, _: np.broadcast_to(0, shape))
     count = sum(array.size for array in phi3_ref.adapters(tree).values())
+    if not float(answer).is_integer():
+        return f"A whole number is wanted, and this one is {answer}."
     if int(answer) == count:
         return None
     return f"{int(answer):,} are too {'many' if answer > count else 'few'}."
@@ -1038,7 +1043,7 @@ def first_logits(question):
           "Set the others to zero with np.where, then divide by the sum.")
 def judge_min_p(answer):
     """`answer(probabilities, p)` keeps what is at least p times as probable as the best."""
-    for temperature, p in ((1, 0.5), (1, 0.95), (3, 0.02), (5, 0.1), (1, 0)):
+    for temperature, p in ((1, 0.5), (1, 0.95), (3, 0.02), (5, 0.1), (1, 0), (1, 1)):
         probabilities = phi3_ref.softmax(first_logits("What is 399?") / temperature)
         kept = probabilities * (probabilities >= p * probabilities.max())
         if wrong := difference(answer(probabilities.copy(), p), kept / kept.sum(), 1e-5,
@@ -1091,7 +1096,7 @@ def judge_size(answer):
     matrices = config.vocabulary_size * config.hidden_dim + config.num_layers * sum(
         math.prod(shape) for shape in config.layer_shapes().values() if len(shape) == 2)
     size = (matrices * 4.25 / 8 + 2 * (config.count_params() - matrices)) / 1e9
-    return difference(float(answer), size, 2e-3, "The size")
+    return difference(float(answer), size, 0.02, "The size")  # two digits are enough
 
 
 @exercise("10.2", "2^bits levels have 2^bits - 1 steps between them.",

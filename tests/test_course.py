@@ -161,7 +161,7 @@ WRONG |= {
             kernel("silu_mine", "y[i] = x[i] / (1 + expf(-x[i]));", "int n"), np.tanh],
 }
 WRONG |= {
-    "6.1": [(3, 1), (2, 3), (3, 3), 3],
+    "6.1": [(3, 1), (2, 3), (3, 3), 3, "32", (3, 4), (3, 2, 1)],
     "6.2": [("add", "0.0"), ("reverse", "1.1"), ("sort", "0.1"), "0.1", ("0.1", "reverse")],
     "6.3": [(13, 13, 25), (12, 20, 25), (13, 20, 21), (13, 20), (4, 4, 4)],
 }
@@ -183,7 +183,7 @@ WRONG |= {
     "7.3": [lambda gradient, x, scale, epsilon: gradient,
             lambda gradient, x, scale, epsilon: (gradient * scale, (gradient * x).sum((0, 1)),
                                                  gradient.sum((0, 1)))],
-    "8.1": [32 * 64 * 16 * 3072, 32 * (32 * 16 * 3072 + 96 * 16), 6_291_456, "few"],
+    "8.1": [32 * 64 * 16 * 3072, 32 * (32 * 16 * 3072 + 96 * 16), 6_291_456, 2.6, "few"],
     "8.2": [lambda gradient, x, a, b: (gradient @ b @ a, x, x @ a.T),
             lambda gradient, x, a, b: gradient @ b @ a,
             lambda gradient, x, a, b: (gradient @ b @ a, x.T @ gradient, a @ x.T @ gradient)],
@@ -191,10 +191,11 @@ WRONG |= {
             lambda change, r: (np.linalg.svd(change)[2][:r], np.linalg.svd(change)[0][:, :r]),
             lambda change, r: change],
     "9.1": [lambda p, share: p * (p >= share * p.max()), lambda p, share: p,
-            lambda p, share: p * (p >= share) / (p * (p >= share)).sum()],
+            lambda p, share: p * (p >= share) / (p * (p >= share)).sum(),
+            lambda p, share: p * (p > share * p.max()) / max(p[p > share * p.max()].sum(), 1e-9)],
     "9.2": [1.0, 2.5, "hot"],
     "9.3": [lambda word, ranks: list(word), lambda word, ranks: [word], in_the_order_of_training],
-    "10.1": [1.9, 2.03, 7.6],
+    "10.1": [1.9, 2.03, 2.29, 7.6],
     "10.2": [lambda x, bits: x, lambda x, bits: np.round(x),
              lambda x, bits: np.round((x - x.min()) / (np.ptp(x) / 2**bits)) * np.ptp(x) / 2**bits
              + x.min()],
@@ -242,6 +243,18 @@ def test_wrong_answers_are_called_wrong(name, index, capsys):
     assert course.check(name, WRONG[name][index]) is False
     assert re.match(rf"Exercise {name}: not yet\. \S.*\nHint \d of \d: \S",
                     capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("size", [2.2, 2.17, 2.175])
+def test_a_size_to_two_digits_is_right(size):
+    assert course.check("10.1", size) is True
+
+
+@pytest.mark.parametrize(("name", "answer", "said"), [
+    ("6.1", "32", "It should be a pair of layer numbers"), ("8.1", 2.6, "A whole number is")])
+def test_an_answer_of_another_kind_is_told_so(name, answer, said, capsys):
+    assert course.check(name, answer) is False
+    assert f"not yet. {said}" in capsys.readouterr().out
 
 
 def test_every_exercise_has_wrong_answers_and_a_heading():
