@@ -1484,9 +1484,13 @@ def arguments_from_huggingface(config):
 # ---- Checks --------------------------------------------------------------------------------------
 
 
-def require(condition, message):
-    """Raise ValueError with `message`, cut off where it gets long, unless `condition` holds."""
+def require(condition, message, *received):
+    """Raise ValueError with `message`, cut off where it gets long, unless `condition` holds.
+
+    What may be large, and takes time to write out, is `received`: only then is it added.
+    """
     if not condition:
+        message += "".join(f" Received: {value!r}" for value in received)
         raise ValueError(message if len(message) < 1000 else message[:1000] + " …")
 
 
@@ -1594,7 +1598,7 @@ def check_room(cache, count):
 def check_inputs(inputs, vocabulary_size):
     """Return a model's inputs as host arrays: token ids [B, S], int64, and padding mask, bool."""
     require(isinstance(inputs, dict) and "token_ids" in inputs,
-            f'inputs must be a dict with "token_ids". Received: {inputs!r}')
+            'inputs must be a dict with "token_ids".', inputs)
     try:
         token_ids, padding_mask = to_numpy(inputs["token_ids"]), inputs.get("padding_mask")
         ones = np.ones(token_ids.shape)
@@ -1609,8 +1613,8 @@ def check_inputs(inputs, vocabulary_size):
             f"Received: {token_ids.min(initial=0)} to {token_ids.max(initial=0)}")
     require(padding_mask.shape == token_ids.shape and padding_mask.dtype.kind in "biuf"
             and np.isin(padding_mask, (0, 1)).all(),
-            f"`padding_mask` must be 0 or 1, of token_ids' shape {token_ids.shape}. "
-            f"Received: {padding_mask!r}, shape {padding_mask.shape}")
+            f"`padding_mask` must be 0 or 1, of token_ids' shape {token_ids.shape}, not "
+            f"{padding_mask.shape}.", padding_mask)
     return token_ids.astype(np.int64), padding_mask.astype(bool)
 
 
@@ -2184,9 +2188,9 @@ class Phi3Tokenizer:
         text = text.tolist() if isinstance(text, np.ndarray) else text
         texts = [text] if isinstance(text, str) else text
         require(isinstance(texts, (list, tuple)) and all(isinstance(item, str) for item in texts),
-                f"`text` must be a string or a list of strings. Received: {text!r}")
+                "`text` must be a string or a list of strings.", text)
         require(not any(re.search("[\ud800-\udfff]", item) for item in texts),  # of no UTF-8, say
-                f"`text` is not Unicode: surrogates not allowed. Received: {text!r}")
+                "`text` is not Unicode: surrogates not allowed.", text)
         return self.encode(text) if isinstance(text, str) else [self.encode(item) for item in text]
 
     __call__ = tokenize
@@ -2255,7 +2259,7 @@ class Phi3Tokenizer:
         for message in messages:
             require(isinstance(message, dict) and message.keys() == {"role", "content"}
                     and message["role"] in ROLES and isinstance(message["content"], str),
-                    f'A message is {{"role": one of {ROLES}, "content": str}}: {message!r}')
+                    f'A message is {{"role": one of {ROLES}, "content": str}}.', message)
             text += f"<|{message['role']}|>\n{message['content']}<|end|>\n"
         return text + ("<|assistant|>\n" if add_generation_prompt else END_TOKEN)
 
@@ -2447,7 +2451,7 @@ class HuggingFaceTokenizer(Phi3Tokenizer):
             template = template["default"]
         require(isinstance(messages, (list, tuple)) and len(messages) > 0
                 and all(isinstance(message, dict) for message in messages),
-                f"a conversation is a list of at least one message, a dict. Received: {messages!r}")
+                "a conversation is a list of at least one message, a dict.", messages)
         with malformed(f"the chat template of {self.preset.name}, or the conversation,"):
             # As plain data: a template may not call the methods of any object. None is no value.
             messages = json.loads(json.dumps([
@@ -2994,7 +2998,7 @@ class Phi3CausalLM:
         """
         require(not isinstance(self.sampler, BeamSampler),
                 "Beam search knows its answer only at the end: it cannot stream.")
-        require(isinstance(prompt, str), f"`prompt` must be a string. Received: {prompt!r}")
+        require(isinstance(prompt, str), "`prompt` must be a string.", prompt)
         token_ids, prompt_mask = self.prepare(prompt, max_length)
         stop_token_ids = self.resolve_stop_tokens(stop_token_ids)
         steps = self.steps(token_ids, prompt_mask, stop_token_ids, check_tap(tap))
@@ -3351,14 +3355,14 @@ class Phi3CausalLM:
         """
         x = [x] if isinstance(x, str) else x
         require(y is not None or (hasattr(x, "__iter__") and not isinstance(x, dict)),
-                f"Without `y`, `x` must be strings, or batches. Received: {x!r}")
+                "Without `y`, `x` must be strings, or batches.", x)
         require(y is not None or sample_weight is None, "`sample_weight` needs `y`.")
 
         def batch_of(batch):
             batch = batch if isinstance(batch, tuple) else (batch,)
             require(len(batch) <= 3 and not isinstance(batch[0], str),
                     "A batch in `x` must be a list of strings, or a tuple (x, y) or "
-                    f"(x, y, sample_weight). Received: {batch!r}")
+                    "(x, y, sample_weight).", batch)
             return self.labelled(*batch)
 
         if y is not None:
