@@ -51,7 +51,7 @@ PARTS = {
     "qkv": ("q, k, v", 2.75, 1, 0.66),
     "rope": ("RoPE", 3.55, 1, 0.62),
     "attention": ("attention", 4.5, 1, 0.96),
-    "kv_cache": ("KV cache", 4.5, 1.8, 0.96),
+    "kv_cache": ("KV cache", 4.5, 1.88, 0.96),
     "attention_output": ("output", 5.45, 1, 0.66),
     "post_attention_layernorm": ("norm", 6.5, 1, 0.62),
     "feedforward": ("gate · interm.", 7.5, 1, 1.16),
@@ -65,7 +65,7 @@ LINES = {"residual_stream", "gradients"}  # parts that are no boxes
 WIRES = [  # between boxes, each as its corners
     [(0.6, 0.72), (0.6, 0.28)], [(1.55, 0), (1.55, 1), (1.64, 1)], [(2.26, 1), (2.42, 1)],
     [(3.08, 1), (3.24, 1)], [(3.86, 1), (4.02, 1)], [(4.98, 1), (5.12, 1)],
-    [(4.5, 1.28), (4.5, 1.52)], [(5.78, 1), (5.9, 1), (5.9, 0.13)],
+    [(4.5, 1.28), (4.5, 1.6)], [(4.5, 1.6), (4.5, 1.28)], [(5.78, 1), (5.9, 1), (5.9, 0.13)],
     [(6.1, 0), (6.1, 1), (6.19, 1)], [(6.81, 1), (6.92, 1)], [(8.08, 1), (8.22, 1)],
     [(8.88, 1), (9.0, 1), (9.0, 0.13)], [(10.16, 0), (10.4, 0)], [(10.75, 0.28), (10.75, 0.72)],
     [(10.75, 1.28), (10.75, 2.35), (0.6, 2.35), (0.6, 1.28)],
@@ -337,18 +337,31 @@ def judge_tap_without_rope(answer):
     if not callable(answer):
         return f"It should be a function of `layers` that returns a tap, and is {answer!r:.60}."
     causal_lm, inputs = puzzles()[0], {"token_ids": ids_of("What is 512 + 39?")}
-    zeroth = "transformer_layer_0"
-    for layers in ([], [zeroth], [f"transformer_layer_{i}" for i in range(4)]):
-        seen, change = phi3_ref.Trace(), answer(layers)
-        causal_lm(inputs, tap=lambda *named, change=change, see=seen: see(named[0], change(*named)))
-        for i in range(4):
-            name = f"transformer_layer_{i}"
-            for part in ("query", "key"):
-                same = np.array_equal(seen[f"{name}.attention.{part}"],
-                                      seen[f"{name}.attention.{part}_rotary"])
-                if same != (name in layers):
-                    return (f"With layers={layers}, the {part} of layer {i} is "
-                            f"{'not rotated any more' if same else 'still rotated'}.")
+
+    def both_sides(change):
+        """Return what the model hands to a tap, and what it gets back, two dicts of arrays."""
+        given, back = {}, {}
+
+        def tap(name, array):
+            given[name] = array.copy()
+            back[name] = change(name, array)
+            return back[name]
+
+        causal_lm(inputs, tap=tap)
+        return given, back
+
+    for layers in ([], ["transformer_layer_0"], [f"transformer_layer_{i}" for i in range(4)]):
+        given, back = both_sides(answer(layers))
+        for name, array in back.items():
+            layer, _, part = name.partition(".")
+            before = given[name.removesuffix("_rotary")]
+            if layer in layers and part.endswith("_rotary"):
+                if np.array_equal(array, given[name]):
+                    return f"With layers={layers}, {name} is still rotated."
+                if not np.array_equal(array, before):
+                    return f"With layers={layers}, {name} is not what it was before the rotation."
+            elif not np.array_equal(array, given[name]):
+                return f"With layers={layers}, {name} is changed, and should stay as it is."
     return None
 
 
@@ -362,7 +375,11 @@ def judge_changed_positions(answer):
     other = one.copy()
     other[0, 10] = puzzles()[1].token_to_id("9")
     change = np.abs(backbone({"token_ids": one}) - backbone({"token_ids": other})).max(axis=-1)[0]
-    expected, given = set(np.flatnonzero(change > 1e-5).tolist()), {int(s) for s in answer}
+    expected = set(np.flatnonzero(change > 1e-5).tolist())
+    try:
+        given = {int(s) for s in answer}
+    except (TypeError, ValueError):
+        return f"It should be a list of positions, and is {answer!r:.60}."
     if given == expected:
         return None
     wrong = sorted(given ^ expected)[0]
@@ -427,6 +444,8 @@ def judge_interleaved(answer):
           "Solve (base / 10000) ** (2 * 47 / 96) == 32 for the base.")
 def judge_base(answer):
     """The base with which pair 47 turns in 131,072 positions as far as before in 4,096."""
+    if np.ndim(answer) or isinstance(answer, str):
+        return f"It should be a number, and is {answer!r:.60}."
     slowest = [phi3_ref.Phi3Config(8, 1, 96, 8, 1, 1, dtype="float64", rope_max_wavelength=base)
                .rotary(np.array([length]))[0][0, 0, -1] for base, length in (
                    (10000, 4096), (float(answer), 131072))]
@@ -443,6 +462,8 @@ def judge_base(answer):
           "change: that step computes 31 positions instead of one.")
 def judge_boundary(answer):
     """The number of positions that `forward` computes across su scaling's boundary."""
+    if np.ndim(answer) or isinstance(answer, str):
+        return f"It should be a number, and is {answer!r:.60}."
     causal_lm = phi3_ref.Phi3CausalLM.from_preset(
         "phi3_tiny_puzzles_en", rope_scaling_type="su", rope_scaling_short_factor=[1.0] * 16,
         rope_scaling_long_factor=[1.0] * 16, rope_attention_factor=1.0,
@@ -471,6 +492,8 @@ def judge_boundary(answer):
           "by e^(that m - m), totals and outputs alike.")
 def judge_merging(answer):
     """`partial(scores, values)` and `merge(one, other)`, of triples (m, total, output)."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        return f"It should be a pair of functions, and is {answer!r:.60}."
     partial, merge = answer
     rng = np.random.default_rng(31)
     scores, values = 300 * rng.standard_normal(1000), rng.standard_normal((1000, 32))
@@ -490,7 +513,7 @@ def judge_merging(answer):
           "read head 1.",
           "np.repeat(weights[index], 2, axis=1) for index in (2 + 9 * layer + 2, and + 3).")
 def judge_heads(answer):
-    """A backbone with as many key/value heads as query heads, and the embedded preset's logits."""
+    """A backbone with as many key/value heads as query heads, and the embedded preset's result."""
     backbone, inputs = puzzles()[0].backbone, {"token_ids": ids_of("What is 345 + 278?")}
     if not isinstance(answer, phi3_ref.Phi3Backbone):
         return f"It should be a Phi3Backbone, and is {answer!r:.60}."
@@ -504,6 +527,8 @@ def judge_heads(answer):
           "s - (W - 1) is the first key; a token takes 2 * layers * K * C * 2 bytes.")
 def judge_window(answer):
     """The first key that query 2,999 sees in a window of 2,047, and the window's bytes."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        return f"It should be a pair of numbers, and is {answer!r:.60}."
     seen = phi3_ref.visible_keys(np.array([2999]), np.arange(3000), 2047)[0]
     mini = phi3_ref.Phi3Config(32064, 32, 3072, 8192, 32, 32, dtype="bfloat16")
     expected = int(seen.argmax()), int(seen.sum()) * phi3_ref.KVCache(mini, 1, 1).arrays.nbytes
@@ -606,12 +631,24 @@ def wrong_kernel(source, name, grid, block, inputs, expected, *numbers):
             f"{list(at)}: {result[at]:.6g}{unwritten}, not {expected[at]:.6g}."), traffic
 
 
+def one_thread_alone(traffic, count):
+    """Return a text if each of `count` numbers took segments of its own, else None.
+
+    Threads of a warp that work at the same time share segments, also in a transpose. On a GPU,
+    `traffic` is None, and nothing is said.
+    """
+    if traffic and traffic[1] > 32 * count:
+        return "The numbers are right, but one thread does it all: let each do its own number."
+    return None
+
+
 @exercise("5.1", "Thread `threadIdx.x` has the number `x[threadIdx.x]`; no loop is needed.",
           "int i = threadIdx.x; then one assignment to y[i].")
 def judge_map(answer):
     """The source of `twice(x, y)`, a block of 32 threads: y[i] = 2 x[i]."""
     x = np.random.default_rng(51).standard_normal(32)
-    return wrong_kernel(answer, "twice", 1, 32, [x], 2 * x)[0]
+    wrong, traffic = wrong_kernel(answer, "twice", 1, 32, [x], 2 * x)
+    return wrong or one_thread_alone(traffic, 32)
 
 
 @exercise("5.2", "Which number is a thread's? In front of its block stand blockIdx.x whole blocks.",
@@ -620,8 +657,9 @@ def judge_guard(answer):
     """The source of `twice_all(x, y, n)`, blocks of 32 threads: y[i] = 2 x[i]."""
     for n in (64, 100, 5):
         x = np.random.default_rng(52).standard_normal(n)
-        wrong, _ = wrong_kernel(answer, "twice_all", -(-n // 32), 32, [x], 2 * x, np.int32(n))
-        if wrong:
+        wrong, traffic = wrong_kernel(answer, "twice_all", -(-n // 32), 32, [x], 2 * x,
+                                      np.int32(n))
+        if wrong := wrong or one_thread_alone(traffic, n):
             return wrong
     return None
 
@@ -633,9 +671,9 @@ def judge_transpose(answer):
     """The source of `transpose(x, y, rows, cols)`, blocks of (8, 4) threads."""
     for rows, cols in ((4, 8), (8, 24), (5, 19)):
         x = np.random.default_rng(53).standard_normal((rows, cols))
-        wrong, _ = wrong_kernel(answer, "transpose", (-(-cols // 8), -(-rows // 4)), (8, 4), [x],
-                                x.T, np.int32(rows), np.int32(cols))
-        if wrong:
+        wrong, traffic = wrong_kernel(answer, "transpose", (-(-cols // 8), -(-rows // 4)), (8, 4),
+                                      [x], x.T, np.int32(rows), np.int32(cols))
+        if wrong := wrong or one_thread_alone(traffic, x.size):
             return wrong
     return None
 
@@ -669,7 +707,7 @@ def judge_total(answer):
     if wrong:
         return wrong
     x = np.ones((1, 256))
-    x[0, 0] = 2**24  # in float32, 2^24 + 1 is 2^24
+    x[0, 128] = 2**24  # in the middle, for sums from either end; in float32, 2^24 + 1 is 2^24
     y = aligned(np.zeros(1))
     launch(answer, "total", 1, 256, aligned(x), y)
     if y[0] < 2**24 + 200:

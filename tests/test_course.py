@@ -50,6 +50,19 @@ def without_rope(*parts, everywhere=False):
     return unrotated
 
 
+def zeroing(*everywhere):
+    """Return an answer to 1.1 that makes queries and keys zeros, before RoPE and after it."""
+    def zeroed(layers):
+        def tap(name, array):
+            compared = ".query" in name or ".key" in name
+            inside = compared and name.split(".")[0] in layers
+            return 0 * array if inside or name.endswith(everywhere) else array
+
+        return tap
+
+    return zeroed
+
+
 def partial(scores, values):
     exponentials = np.exp(scores - scores.max())
     return scores.max(), exponentials.sum(), exponentials @ values
@@ -109,7 +122,8 @@ WRONG = {
 WRONG |= {
     "1.1": [3, lambda layers: None, lambda layers: lambda name, array: array,
             lambda layers: lambda name, array: 0 * array, without_rope("query_rotary"),
-            without_rope("query_rotary", "key_rotary", everywhere=True)],
+            without_rope("query_rotary", "key_rotary", everywhere=True),
+            zeroing(), zeroing("attention.value")],
     "1.2": [[10], range(11), range(11, 26), "10 and all after it"],
     "1.3": [1_000_000, lambda *sizes: 1, lambda S, D, F, V, H, K, C, layers: {
         "query, key, value": layers * S * D * 3 * H * C, "scores and context": layers * S * S * C,
@@ -138,18 +152,25 @@ WRONG |= {
 }
 WRONG |= {
     "5.1": [3, kernel("twice", "y[i] = x[i];"), kernel("twice", "y[i] = 2 * x[i];")[11:],
-            kernel("twice", "y[i + 1] = 2 * x[i];"), kernel("twice", "while (true) y[i] = 2;")],
+            kernel("twice", "y[i + 1] = 2 * x[i];"), kernel("twice", "while (true) y[i] = 2;"),
+            kernel("twice", "if (i == 0) for (int j = 0; j < 32; ++j) y[j] = 2 * x[j];")],
     "5.2": [kernel("twice_all", "y[i] = 2 * x[i];", "int n"),  # no guard
             kernel("twice_all", "int t = threadIdx.x; if (t < n) y[t] = 2 * x[t];", "int n"),
-            kernel("twice_all", "if (i < n - 1) y[i] = 2 * x[i];", "int n")],
+            kernel("twice_all", "if (i < n - 1) y[i] = 2 * x[i];", "int n"),
+            kernel("twice_all", "if (i == 0) for (int j = 0; j < n; ++j) y[j] = 2 * x[j];",
+                   "int n")],
     "5.3": [transpose("y[r * cols + c] = x[c * rows + r];"), transpose("y[c * rows + r] = x[0];"),
-            transpose("y[c * rows + r] = x[r * cols + c];").replace("r < rows &&", "")],
+            transpose("y[c * rows + r] = x[r * cols + c];").replace("r < rows &&", ""),
+            transpose("for (r = 0; r < rows; ++r) for (c = 0; c < cols; ++c) "
+                      "y[c * rows + r] = x[r * cols + c];").replace("r < rows", "r + c == 0", 1)],
     "5.4": [  # three reads; a return before the barrier; no barrier; no neighbours
         kernel("sum_of_three", "if (i < n) y[i] = x[i] + (i ? x[i - 1] : 0) "
                "+ (i + 1 < n ? x[i + 1] : 0);", "int n"),
         SUM_OF_THREE.replace("part[t + 1]", "if (i >= n) return; part[t + 1]", 1),
         SUM_OF_THREE.replace("__syncthreads();", ""), SUM_OF_THREE.replace("x[i - 1]", "0")],
     "5.5": [kernel("total", "float sum = 0; for (int j = 0; j < 256; ++j) sum += "
+                   "x[blockIdx.x * 256 + j]; if (threadIdx.x == 0) y[blockIdx.x] = sum;"),
+            kernel("total", "float sum = 0; for (int j = 255; j >= 0; --j) sum += "
                    "x[blockIdx.x * 256 + j]; if (threadIdx.x == 0) y[blockIdx.x] = sum;"),
             kernel("total", "if (threadIdx.x == 0) y[blockIdx.x] = x[i];")],
     "5.6": [RMS_NORM, RMS_NORM.replace("sum / D", "sum"), "rms_norm_mine"],
@@ -274,6 +295,14 @@ def test_hints_grow_and_nothing_is_raised(capsys, monkeypatch):
     assert ["Hint 1 of 2" in said[1], *("Hint 2 of 2" in text for text in said[2:])] == [True] * 4
     assert course.check("9.99", 1) is False
     assert "no exercise '9.99'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("1.2", "10 and all after it"), ("1.2", 10), ("2.2", "larger"), ("2.3", [62]), ("3.1", 3),
+    ("3.3", 953)])
+def test_an_answer_of_another_kind_hears_what_it_should_be(name, answer, capsys):
+    course.check(name, answer)
+    assert re.match(r".*: not yet\. It should be a (list|number|pair)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("answer, wrong", [
