@@ -1689,6 +1689,15 @@ def to_array(name, value):
         raise ValueError(f"`{name}` must be an array: {error}") from error
 
 
+@functools.cache
+def threads_for(purpose, process):
+    """Return a thread for each core, kept with its memory; `process`, as a fork has none of them.
+
+    Each purpose has its own, so that none can wait for a task that stands in line behind it.
+    """
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+
 def on_cores(function, items, parallel=True):
     """Call a function of each item: one after the other, or if `parallel` each core its share."""
     cores = min(os.cpu_count() or 1, 8, len(items)) if parallel else 1
@@ -1699,10 +1708,13 @@ def on_cores(function, items, parallel=True):
 
     if cores < 2:
         return share(0)
-    with concurrent.futures.ThreadPoolExecutor(cores) as threads:
-        others = [threads.submit(contextvars.copy_context().run, share, core)  # with np.errstate
-                  for core in range(1, cores)]
+    threads = threads_for("on_cores", os.getpid())
+    others = [threads.submit(contextvars.copy_context().run, share, core)  # with np.errstate
+              for core in range(1, cores)]
+    try:
         share(0)
+    finally:
+        concurrent.futures.wait(others)
     for other in others:
         other.result()  # raises what it raised
 
@@ -3180,9 +3192,8 @@ class Phi3CausalLM:
         if small and looks == (no_tap, no_tap):
             size = -(-len(y) // count)
             pieces = [slice(start, start + size) for start in range(0, len(y), size)]
-            cores, blas = cores_and_blas()
-            with blas.limit(limits=1, user_api="blas"):
-                parts = list(cores.map(compute, pieces))
+            with blas_threads().limit(limits=1, user_api="blas"):
+                parts = list(threads_for("learn", os.getpid()).map(compute, pieces))
         else:
             pieces = [slice(0, len(y))]
             with memory_for(f"the gradients of {y.size:,} positions", xp):
@@ -3448,12 +3459,11 @@ class Phi3CausalLM:
 
 
 @functools.cache
-def cores_and_blas():
-    """Return a thread for each core, and what controls the threads of NumPy's products."""
+def blas_threads():
+    """Return what controls the threads of NumPy's products."""
     import threadpoolctl
 
-    cores = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # kept, and so is their memory
-    return cores, threadpoolctl.ThreadpoolController()
+    return threadpoolctl.ThreadpoolController()
 
 
 @contextlib.contextmanager

@@ -406,3 +406,32 @@ def test_a_trace_that_replaces_the_file_it_was_loaded_from(tmp_path):
     np.testing.assert_array_equal(loaded["logits"], np.ones((3, 5)))
     stored = safetensors.numpy.load_file(tmp_path / "trace.safetensors")
     np.testing.assert_array_equal(stored["logits"], np.zeros((3, 5)))
+
+
+FORKER = """
+import os, signal
+import ml_dtypes, numpy as np, phi3_ref
+
+weight, ids = np.ones((2048, 1024), ml_dtypes.bfloat16), np.ones((128, 36), int)
+causal_lm = phi3_ref.Phi3CausalLM.from_preset("phi3_tiny_puzzles_en")
+
+def work():
+    assert (phi3_ref.linear(weight[:1], weight) == 1024).all()
+    causal_lm.train_on_batch({"token_ids": ids}, ids)
+
+work()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends what waits for ever
+    work()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+work()
+"""
+
+
+def test_a_forked_process_computes_on():
+    """It has none of the threads that its parent has started, and must not wait for them."""
+    run = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKER],
+                         cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert run.returncode == 0, run.stderr
