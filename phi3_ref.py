@@ -949,16 +949,15 @@ def loss_and_gradients(weights, config, token_ids, labels, sample_weight=None, p
         del logits
         d_hidden[piece], d_projection = linear_backward(
             gradient_tap("logits", gradient), x, cast(weights["reverse_embedding"], config), frozen)
+        del gradient  # as large; the layers' come now
         loss += piece_loss
     accuracy = right / xp.maximum(weight.sum(), 1e-7)
     gradients = backward(d_hidden, weights, config, token_ids, padding_mask, seed, tapes,
                          gradient_tap)
-    if frozen:
-        return loss, accuracy, gradients
-    if config.tie_word_embeddings:  # used twice: its gradient is the sum of both
+    if config.tie_word_embeddings and not frozen:  # used twice: its gradient is the sum of both
         gradients["token_embedding"] += d_projection
         d_projection = gradients["token_embedding"]
-    return loss, accuracy, gradients | {"reverse_embedding": d_projection}
+    return loss, accuracy, gradients | ({} if frozen else {"reverse_embedding": d_projection})
 
 
 @dataclasses.dataclass(eq=False)
