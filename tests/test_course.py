@@ -113,6 +113,27 @@ WINDOW = (ATTENTION % "attention_window").replace("float scale", "float scale, i
     "int t = 0; t <= s", "int t = max(0, s - window + 1); t <= s")
 
 # By exercise: wrong answers that a learner may well give. Each notebook has a part of its own.
+KEPT = """__global__ void rms_norm_mine(const float* x, const float* scale, float* y, int rows,
+                                        int D, float epsilon) {
+    constexpr int MOST = 8;
+    float4 kept[MOST];
+    const float4* in = reinterpret_cast<const float4*>(x + blockIdx.x * D);
+    const float4* factors = reinterpret_cast<const float4*>(scale);
+    float sum = 0;
+    for (int n = 0, i = threadIdx.x; 4 * i < D; ++n, i += 32) {
+        float4 v = kept[n] = in[i];
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(0xffffffff, sum, apart);
+    float factor = rsqrtf(sum / D + epsilon);
+    for (int n = 0, i = threadIdx.x; 4 * i < D; ++n, i += 32) {
+        float4 v = kept[n], g = factors[i];
+        reinterpret_cast<float4*>(y + blockIdx.x * D)[i] = make_float4(
+            v.x * factor * g.x, v.y * factor * g.y, v.z * factor * g.z, v.w * factor * g.w);
+    }
+}"""
+UNKNOWN_LENGTH = KEPT.replace("kept[MOST]", "kept[(D + 127) / 128]")
+
 WRONG = {
     "0.1": [(26, 8, 32), (8, 26, 128), 8, "(8, 26, 32)"],
     "0.2": [lambda table, ids: table[ids[0]], lambda table, ids: ids, 5],
@@ -173,13 +194,18 @@ WRONG |= {
             kernel("total", "float sum = 0; for (int j = 255; j >= 0; --j) sum += "
                    "x[blockIdx.x * 256 + j]; if (threadIdx.x == 0) y[blockIdx.x] = sum;"),
             kernel("total", "if (threadIdx.x == 0) y[blockIdx.x] = x[i];")],
-    "5.6": [RMS_NORM, RMS_NORM.replace("sum / D", "sum"), "rms_norm_mine"],
+    "5.6": [RMS_NORM, RMS_NORM.replace("sum / D", "sum"), "rms_norm_mine",
+            KEPT, UNKNOWN_LENGTH],  # vectors; an array whose length depends on D
     "5.7": [ATTENTION % "attention_32", ATTENTION % "attention_64",
             (ATTENTION % "attention_64").replace("t <= s", "t < s")],
     "5.8": [(ATTENTION % "attention_window").replace("float scale", "float scale, int window"),
             WINDOW.replace("s - window + 1", "s - window"), WINDOW.replace("max(0, ", "(")],
     "5.9": [kernel("silu_mine", "if (i < n) y[i] = x[i];", "int n"),
-            kernel("silu_mine", "y[i] = x[i] / (1 + expf(-x[i]));", "int n"), np.tanh],
+            kernel("silu_mine", "y[i] = x[i] / (1 + expf(-x[i]));", "int n"),
+            kernel("silu_mine", "if (i == 0) for (int j = 0; j < n; ++j) "
+                   "y[j] = x[j] / (1 + expf(-x[j]));", "int n"),  # one thread alone
+            kernel("silu_mine", "if (threadIdx.x == 0) for (int j = i; j < i + 128 && j < n; ++j) "
+                   "y[j] = x[j] / (1 + expf(-x[j]));", "int n"), np.tanh],
 }
 WRONG |= {
     "6.1": [(3, 1), (2, 3), (3, 3), 3, "32", (3, 4), (3, 2, 1)],
@@ -264,6 +290,14 @@ def test_wrong_answers_are_called_wrong(name, index, capsys):
     assert course.check(name, WRONG[name][index]) is False
     assert re.match(rf"Exercise {name}: not yet\. \S.*\nHint \d of \d: \S",
                     capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "index", "said"), [
+    ("2.2", -2, "by 0.4867 radians"), ("5.6", -2, "has vectors"), ("5.6", -1, "variable length"),
+    ("5.9", 2, "one thread does it all"), ("5.9", 3, "one thread does it all")])
+def test_wrong_answers_hear_why(name, index, said, capsys):
+    course.check(name, WRONG[name][index])
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [2.2, 2.17, 2.175])

@@ -503,7 +503,8 @@ def test_launch_bounds():
      "scope: x\\[t\\] = nothing_such;$"),
     ("int i = t\nx[i] = y;", "does not compile: line 5: expected .,. or .;. before .x.: "
      "x\\[i\\] = y;$"),
-    ("float a[8]; memcpy(a, x, 32); x[t] = a[t % 8];", "does not compile")])
+    ("float a[8]; memcpy(a, x, 32); x[t] = a[t % 8];", "does not compile"),
+    ("float a[blockDim.x]; a[t] = t; x[t] = a[t];", "does not compile: line 4: .*variable length")])
 def test_what_does_not_compile(code, message):
     """The message begins with the reason, and names the line of the kernel."""
     with pytest.raises(cuda_on_cpu.KernelError, match=f"^{message}"):

@@ -48,7 +48,7 @@ HERE = pathlib.Path(__file__).parent
 COMPILE = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-gdwarf-4",
            "-g1", "-ffp-contract=off", "-I", str(HERE)]
 CHECKED = ["-O1", "-fno-store-merging", "-fno-tree-vectorize", "-ftrivial-auto-var-init=pattern",
-           "-Wno-unknown-pragmas", "-fno-builtin-printf",
+           "-Wno-unknown-pragmas", "-Werror=vla", "-fno-builtin-printf",
            "--param", "tsan-instrument-func-entry-exit=0",
            "-fsanitize=thread,alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
 MOST_SHARED_MEMORY = 232_448  # bytes per block on sm_90
