@@ -291,7 +291,7 @@ def lora(x, a, b):
 
 def lora_backward(gradient, x, a, b):
     """Return the gradients of `lora`'s x, a and b: those of its two products."""
-    low = textbook_linear(upcast(x), a).reshape(*gradient.shape[:-1], b.shape[1])
+    low = textbook_linear(upcast(x), a).reshape(*gradient.shape[:-1], b.shape[1])  # as there
     d_low, d_b = linear_backward(upcast(gradient), low, b)
     d_x, d_a = linear_backward(d_low.reshape(*x.shape[:-1], len(a)), upcast(x), a)
     return d_x, d_a, d_b
@@ -1047,7 +1047,7 @@ def linear(x, weight):
         def multiply(start):
             piece = upcast_weight(weight[start : start + size])
             product[:, start : start + size] = (
-                np.vecdot(rows[:, None], piece) if dots else
+                np.vecdot(rows[:, None], piece) if dots else  # [n, 1, in], [size, in] -> [n, size]
                 (piece @ rows.T).T if few else rows @ piece.T)
 
         on_cores(multiply, range(0, len(weight), size), dots)
@@ -4001,15 +4001,18 @@ def open_hdf5(path, stack):
                 f"{name!r} is no name that Keras gives")
         if isinstance(item, h5py.Dataset):
             # What lies in another file has no place here; what is compressed could swell.
+            # And what is mapped must have an address, and be the floats that NumPy has.
+            dtype, offset = item.dtype, item.id.get_offset()
             require(item.chunks is None and not item.external and not item.is_virtual
-                    and item.id.get_storage_size() == item.nbytes,
+                    and item.id.get_storage_size() == item.nbytes
+                    and (offset is not None or item.nbytes == 0)
+                    and (dtype.kind != "f" or item.id.get_type() == h5py.h5t.py_create(dtype)),
                     f"{name} is not stored as Keras does: whole, in this file, uncompressed")
-            dtype = item.dtype
             if dtype.name == "void16" and "dtype" in item.attrs:
                 # HDF5 has none: Keras writes opaque items of two bytes, and an attribute. What that
                 # says is not read: the HDF5 library may never return from a damaged one.
                 dtype = np.dtype(ml_dtypes.bfloat16)
-            read = functools.partial(map_tensor, path, item.id.get_offset(), item.shape, dtype)
+            read = functools.partial(map_tensor, path, offset, item.shape, dtype)
             found[name] = StoredTensor(path, item.shape, dtype.name, read)
 
     file.visititems(visit)

@@ -601,6 +601,25 @@ def replace_dataset(file, name, data=None, **settings):
     return file.create_dataset(name, **settings)
 
 
+def replace_type(file, name, kind, layout=h5py.h5d.CONTIGUOUS):
+    """Put another dataset in the place of one: HDF5's own description of its items, its layout."""
+    shape, parent = file[name].shape, file[name].parent
+    del file[name]
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_layout(layout)
+    dataset = h5py.h5d.create(parent.id, name.rsplit("/", 1)[1].encode(), kind,
+                              h5py.h5s.create_simple(shape), settings)
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ones(shape, np.float32))
+
+
+def other_floats():
+    """Floats of four bytes that no processor has, but HDF5 describes and converts."""
+    biased, denormal = h5py.h5t.IEEE_F32LE.copy(), h5py.h5t.IEEE_F32LE.copy()
+    biased.set_ebias(120)
+    denormal.set_norm(h5py.h5t.NORM_NONE)
+    return [biased, denormal]
+
+
 def virtual(file, name, source, source_name):
     """A virtual dataset of the right shape, over a dataset of another file (or this: ".")."""
     shape, dtype = file[name].shape, file[name].dtype
@@ -667,6 +686,10 @@ HDF5 = {
         file, name, shape=file[name].shape, dtype=h5py.enum_dtype({"a": 1}, "i1")),
     "big-endian": lambda file, name, canary, choices: replace_dataset(
         file, name, np.ones(file[name].shape, ">f4")),
+    "compact": lambda file, name, canary, choices: replace_type(
+        file, name, h5py.h5t.IEEE_F32LE, h5py.h5d.COMPACT),
+    "other floats": lambda file, name, canary, choices: replace_type(
+        file, name, choices.pick(other_floats())),
     "wrong shape": lambda file, name, canary, choices: replace_dataset(
         file, name, np.zeros(choices.pick([
             file[name].shape[::-1] + (1,), (), (0,), (math.prod(file[name].shape),),

@@ -412,7 +412,7 @@ def test_a_tap_on_learning_that_returns_nothing_is_named(which):
 
 
 def test_right_calls_write_nothing_out():
-    """Of what is wrong alone: a mask of 27 x 36 took 0.7 ms, in every step."""
+    """Checks write out what they received only to refuse it: a mask of 27 x 36 takes 0.7 ms."""
     class Text(str):
         __slots__ = ()
 

@@ -112,7 +112,6 @@ ATTENTION = """__global__ void %s(const float* query, const float* key, const fl
 WINDOW = (ATTENTION % "attention_window").replace("float scale", "float scale, int window").replace(
     "int t = 0; t <= s", "int t = max(0, s - window + 1); t <= s")
 
-# By exercise: wrong answers that a learner may well give. Each notebook has a part of its own.
 KEPT = """__global__ void rms_norm_mine(const float* x, const float* scale, float* y, int rows,
                                         int D, float epsilon) {
     constexpr int MOST = 8;
@@ -134,6 +133,7 @@ KEPT = """__global__ void rms_norm_mine(const float* x, const float* scale, floa
 }"""
 UNKNOWN_LENGTH = KEPT.replace("kept[MOST]", "kept[(D + 127) / 128]")
 
+# By exercise: wrong answers that a learner may well give. Each notebook has a part of its own.
 WRONG = {
     "0.1": [(26, 8, 32), (8, 26, 128), 8, "(8, 26, 32)"],
     "0.2": [lambda table, ids: table[ids[0]], lambda table, ids: ids, 5],

@@ -28,6 +28,7 @@ HDF5 = {
     "virtual of this file": STORED, "gzip bomb": STORED, "text": STORED, "variable length": STORED,
     "compound": STORED, "array items": STORED, "references": STORED, "enum": STORED,
     "wrong shape": r"must be \(.*\)\. Found: \(|" + STORED, "null": "Found: None",
+    "compact": STORED, "other floats": STORED,
     "big-endian": None, "astronomical": STORED, "unallocated": STORED, "missing": ABSENT,
     "missing layers": f"cannot be those of|{ABSENT}", "extra": f"unknown tensor|{ELSEWHERE}",
     "group": ABSENT, "named type": ABSENT, "not finite": "has values that are NaN or infinite",

@@ -7,10 +7,9 @@ import phi3_ref
 
 SOURCE = pathlib.Path(phi3_ref.__file__).read_text(encoding="utf-8")
 STORY = SOURCE[: SOURCE.index("# ==== Here the story ends")]
-# The fast twins stand after the model, and what checks arguments or
-# starts threads in the appendix: one call each.
-AHEAD = {"linear_backward": {"linear"}, "linear": {"on_cores"},
-         "upcast_weight": {"is_finite"},
+# The fast twins stand after the model, and what checks arrays or starts threads in the appendix:
+# one call each.
+AHEAD = {"linear_backward": {"linear"}, "linear": {"on_cores"}, "upcast_weight": {"is_finite"},
          "functions_for": {"linear", "rms_norm", "attention", "rms_norm_backward",
                            "attention_backward"},
          "Phi3Config": {"check_config"}, "KVCache": {"check_room"}, "forward": {"check_cache"},
